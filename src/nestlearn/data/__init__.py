@@ -1,0 +1,19 @@
+"""text → tokens → batches, each a pure function of its input; a batch comes with the state to resume after it."""
+
+from nestlearn.data.batches import Batch, Batches, BatchState
+from nestlearn.data.text import Corpus, Document, Documents, read_texts, standard_library
+from nestlearn.data.tokens import Tokenizer, load_tokenizer, tokenize
+
+__all__ = [
+    "Batch",
+    "BatchState",
+    "Batches",
+    "Corpus",
+    "Document",
+    "Documents",
+    "Tokenizer",
+    "load_tokenizer",
+    "read_texts",
+    "standard_library",
+    "tokenize",
+]
