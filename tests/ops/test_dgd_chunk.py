@@ -8,16 +8,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import dgd as oracle
 
 from nestlearn.errors import UserError
 from nestlearn.ops.dgd_chunk import dgd_chunk, dgd_steps, dgd_write
+from tests.oracles import dgd as oracle
 
 ROUNDING = 1e-10
 
 
 def case(batch=2, tokens=37, heads=2, width=5, out=4, retain_from=0.5, dtype=torch.float64, seed=0):
-    """Arguments of dgd_chunk, with a momentum already under way, retentions in (retain_from, 1), rates over 4 decades."""
+    """Arguments of dgd_chunk, momentum under way, retentions in (retain_from, 1), rates over 4 decades."""
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape: int) -> torch.Tensor:

@@ -6,8 +6,9 @@ Setting the derivative to zero gives ``P (I + rate x x^T) = S + rate u x^T``, a 
 torch.linalg.solve: no gain, no Sherman-Morrison. ``proximal_by_gradient`` finds the same point by minimising, which
 tests the derivation as well.
 
-One write, as the project defines it: what forgets is the proximal step towards "nothing" (u = 0), what is learned is the
-proximal step of an empty memory (S = 0), which passes through momentum; retention scales the old state alone (NL Eq. 88).
+One write, as the project defines it: what forgets is the proximal step towards "nothing" (u = 0), what is learned is
+the proximal step of an empty memory (S = 0), which passes through momentum; retention scales the old state alone
+(NL Eq. 88).
 
 Shapes: S, m (out, in); x, q (in,); g (out,); rate, retain scalars. Batched over B and H by Python loops.
 """

@@ -1,4 +1,5 @@
-"""Truths for the learning rules on a matrix memory M (out, in): the objective, and a step that differentiates or solves it.
+"""Truths for the learning rules on a matrix memory M (out, in): the objective, and a step that differentiates
+or solves it.
 
 One token (or one window) at a time, no batch. rate, retain: scalars. Retention always scales the old state alone:
 ``M <- retain M + (step(M) - M)``.
@@ -9,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from oracles.dgd import proximal
+from tests.oracles.dgd import proximal
 
 
 def gradient_step(objective, state: Tensor, retain: Tensor) -> Tensor:

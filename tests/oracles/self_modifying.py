@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from oracles import dgd
+from tests.oracles import dgd
 
 SLOW = ("k", "v", "eta", "alpha")
 NAMES = (*SLOW, "memory")

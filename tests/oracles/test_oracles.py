@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import torch
-from oracles import dgd, rules, self_modifying
+
+from tests.oracles import dgd, rules, self_modifying
 
 generator = torch.Generator().manual_seed(0)
 

@@ -1,0 +1,1 @@
+"""One suite per kind: every member of the kind passes it."""
