@@ -89,11 +89,11 @@ def read_texts(paths: Sequence[Path | str]) -> Corpus:
     """
     if not paths:
         raise UserError(f"no text was given: name at least one file or folder ({SUPPORTED})")
-    files: dict[Path, str] = {}
+    files: dict[Path, tuple[str, Path]] = {}
     for path in map(Path, paths):
         for name, file in _files(path):
-            files.setdefault(file.resolve(), name)  # the same file twice would leak into the held-out text
-    documents = _documents((name, file) for file, name in files.items())
+            files.setdefault(file.resolve(), (name, file))  # the same file twice would leak into the held-out text
+    documents = _documents(files.values())
     where = ", ".join(str(path) for path in paths)
     if not documents:
         raise UserError(f"{where}: holds no text at all (0 bytes): give a file or folder with some")
@@ -115,12 +115,14 @@ def _is_module(name: str) -> bool:
 
 def _files(path: Path) -> list[tuple[str, Path]]:
     """(name, file) of every text file at or under ``path``; a file named by the user must have text."""
+    if not os.path.exists(path):  # unlike Path.exists, also False behind a closed door
+        raise UserError(f"{path}: no such file or folder, or no permission to see it: check the path")
     if path.is_dir():
         found = [(file.relative_to(path).as_posix(), file) for file in _walk(path) if text_suffix(file)]
         if not found:
             raise UserError(f"{path}: holds no file with a supported suffix ({SUPPORTED}): give another folder")
         return sorted(found)
-    if path.exists() and path.stat().st_size == 0:
+    if path.stat().st_size == 0:
         raise UserError(f"{path}: is empty (0 bytes): give a file with text")
     return [(path.name, path)]
 

@@ -75,7 +75,10 @@ class ByteTokenizer:
 
 
 class FileTokenizer:
-    """A tokenizer of the `tokenizers` library. Text that looks like a special token is encoded as ordinary text."""
+    """A tokenizer of the `tokenizers` library. Text that looks like a special token is encoded as ordinary text.
+
+    What such a tokenizer does with characters that it does not know (drop, or an unknown token) is its own rule.
+    """
 
     def __init__(self, inner: Any, name: str, separator_id: int) -> None:
         self.name = name
@@ -113,7 +116,10 @@ class FileTokenizer:
 
 
 def load_tokenizer(spec: str) -> Tokenizer:
-    """ "bytes", a `tokenizers` JSON file, a folder that `Tokenizer.save` wrote, or a Hugging Face tokenizer folder."""
+    """For "bytes", a `tokenizers` JSON file, a folder that `Tokenizer.save` wrote, or a Hugging Face tokenizer folder.
+
+    Raises UserError for what is none of these, and for a tokenizer that has no token to put between documents.
+    """
     path = Path(spec)
     if spec == "bytes":
         return ByteTokenizer()
@@ -167,7 +173,7 @@ def _pieces(text: bytes) -> Iterator[bytes]:
 def _load_saved(folder: Path) -> Tokenizer:
     try:
         saved = json.loads((folder / _SAVED).read_text())
-        if saved["name"] == "bytes":
+        if saved["kind"] == "bytes":
             return ByteTokenizer()
         return FileTokenizer(_read_json_tokenizer(folder / "tokenizer.json"), saved["name"], saved["separator_id"])
     except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
@@ -222,7 +228,8 @@ def _save(folder: Path, tokenizer: Tokenizer, inner_json: str, end: str | None) 
         "eos_token": end,
         "clean_up_tokenization_spaces": False,
     }
-    ours = {"name": tokenizer.name, "separator_id": tokenizer.separator_id, "fingerprint": tokenizer.fingerprint()}
+    kind = "bytes" if isinstance(tokenizer, ByteTokenizer) else "file"
+    ours = {"kind": kind, "name": tokenizer.name, "separator_id": tokenizer.separator_id}
     (folder / "tokenizer.json").write_text(inner_json)
     (folder / "tokenizer_config.json").write_text(json.dumps(outer, indent=2) + "\n")
     (folder / _SAVED).write_text(json.dumps(ours, indent=2) + "\n")
