@@ -112,11 +112,11 @@ def test_links_are_read_by_their_own_names(tmp_path):
     assert names(read_texts([tmp_path]).train) == ["linked.txt"]
 
 
-def test_description_has_sizes_and_sums(tmp_path):
+def test_summary_has_sizes_and_sums(tmp_path):
     corpus = read_texts([fill(tmp_path, 30)])
     assert str(tmp_path) in corpus.description
     for split in (corpus.train, corpus.held_out):
-        assert f"{split.bytes:,} bytes, sha256 {split.sha256}" in corpus.description
+        assert f"{split.bytes:,} bytes, sha256 {split.sha256}" in corpus.summary
 
 
 def test_bad_input_is_one_line(tmp_path):

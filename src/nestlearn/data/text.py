@@ -58,11 +58,16 @@ class Documents(tuple[Document, ...]):
 
 @dataclass(frozen=True)
 class Corpus:
-    """Two disjoint splits, neither empty; ``description`` is three lines: the source, and each split's size and sum."""
+    """Two disjoint splits, neither empty. ``description`` says in a line where they come from."""
 
     train: Documents
     held_out: Documents
     description: str
+
+    @property
+    def summary(self) -> str:
+        """Three lines to print: the description, and the documents, bytes and sha256 of each split."""
+        return "\n".join([self.description, _summed("train", self.train), _summed("held out", self.held_out)])
 
 
 def standard_library() -> Corpus:
@@ -146,9 +151,9 @@ def _rows(name: str, file: Path) -> Iterator[Document]:
         yield Document(f"{name}#{index}" if is_table else name, row)
 
 
-def _split(documents: Documents, source: str, one_file: bool = False) -> Corpus:
+def _split(documents: Documents, description: str, one_file: bool = False) -> Corpus:
     if len(documents) == 1:
-        return _split_tail(documents[0], source)
+        return _split_tail(documents[0], description)
     hashes = [_hash(str(index) if one_file else document.name) for index, document in enumerate(documents)]
     bound = max(HELD_OUT_SHARE, min(hashes))
     held_out = [value <= bound for value in hashes]
@@ -156,10 +161,10 @@ def _split(documents: Documents, source: str, one_file: bool = False) -> Corpus:
         held_out = [index == 0 for index in range(len(documents))]
     pairs = list(zip(documents, held_out, strict=True))
     train = Documents(document for document, held in pairs if not held)
-    return _corpus(train, Documents(document for document, held in pairs if held), source)
+    return Corpus(train, Documents(document for document, held in pairs if held), description)
 
 
-def _split_tail(document: Document, source: str) -> Corpus:
+def _split_tail(document: Document, description: str) -> Corpus:
     name, data = document.name, document.data
     cut = len(data) - max(1, int(len(data) * HELD_OUT_TAIL))
     while cut > 0 and data[cut] & 0xC0 == 0x80:  # never inside a UTF-8 character
@@ -168,12 +173,7 @@ def _split_tail(document: Document, source: str) -> Corpus:
         raise UserError(
             f"{name}: has {len(data)} bytes, too few to train on some and hold out the rest: give more text"
         )
-    return _corpus(Documents([Document(name, data[:cut])]), Documents([Document(name, data[cut:])]), source)
-
-
-def _corpus(train: Documents, held_out: Documents, source: str) -> Corpus:
-    lines = [source, _described("train", train), _described("held out", held_out)]
-    return Corpus(train, held_out, "\n".join(lines))
+    return Corpus(Documents([Document(name, data[:cut])]), Documents([Document(name, data[cut:])]), description)
 
 
 def _hash(key: str) -> float:
@@ -181,6 +181,6 @@ def _hash(key: str) -> float:
     return int.from_bytes(hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()[:8]) / 2**64
 
 
-def _described(name: str, documents: Documents) -> str:
+def _summed(name: str, documents: Documents) -> str:
     noun = "document" if len(documents) == 1 else "documents"
     return f"{name}: {len(documents):,} {noun}, {documents.bytes:,} bytes, sha256 {documents.sha256}"
