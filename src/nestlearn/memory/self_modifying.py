@@ -1,0 +1,382 @@
+"""Self-modifying memory: deep memories that generate their own keys, values, rates, retentions and targets.
+
+For token t, "start" being the state at the start of its chunk (NL Eq. 86–93; semantics §3):
+
+    k = l2norm(M_k(x))   v = M_v(x)   η = rate_max sigmoid(⟨r_η, M_eta(x)⟩ + b_η)   α = sigmoid(⟨r_α, M_alpha(x)⟩ + b_α)
+    y = M_memory(q), token-exact: every write before t counts
+    every memory □ then writes (k, v̂_□ = M_□(v)) with its own rate η · |rate_scale_□|
+
+k, v, η, α and every gradient of a chunk come from its start, so a chunk is parallel; the writes themselves are exact.
+A memory that does not adapt is its initial state for ever. The initial states are trained through the inner updates.
+
+Letters: B batch, T tokens, H heads, d head width, h hidden width, M memories.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from nestlearn.errors import UserError, suggest
+from nestlearn.memory.deep import Fast, InitialWeights, Weights, WriteRule, deep_chunk, deep_forward, l2norm
+from nestlearn.memory.stream import FastState, run_stream
+from nestlearn.ops.dgd_chunk import chunk_decays
+from nestlearn.ops.scan import Tensors
+
+SLOW = ("k", "v", "eta", "alpha")
+_LOG_FLOOR = -30.0  # log α is kept above this: e⁻³⁰ of a write is nothing, and sums of logs keep their precision
+
+
+@dataclass(frozen=True)
+class SelfModifyingConfig:
+    """Widths, chunks and switches; the defaults of the switches are the letter of the paper unless noted.
+
+    head_width, hidden_width, heads   d, h, H, each at least 1
+    chunk, memory_chunk   tokens between two gradients' origins of the slow memories and of M_memory (a divisor of chunk)
+    rate_max              upper end of η, >= 0; 0 never writes
+    momentum              μ in [0, 1)
+    objective             "dot" (default: with DGD it is the delta rule, S x → v̂) or "l2"
+    target_norm           "l2" (default: bounded writes) or "none" (the letter; unstable)
+    adaptive              which of k, v, eta, alpha adapt; "q" adds an adaptive query memory
+    retention, dgd        False: α = 1; False: plain gradient descent
+    retain_to             "zero" (the letter) or "initial"
+    rate_start, retain_start   η / rate_max and α for a zero input read-out, each in (0, 1)
+    slow_rate_scale       start of rate_scale for k, v, eta, alpha; 1 is the letter
+    w1_scale, w2_scale    spread of the initial weights, times 1/sqrt(fan-in)
+    detach_writes         stop-gradient inner loop, an option for comparison
+    recompute             lean backward pass; False stores everything and allows higher derivatives
+    """
+
+    head_width: int
+    hidden_width: int
+    heads: int = 1
+    chunk: int = 64
+    memory_chunk: int | None = None
+    rate_max: float = 8.0
+    momentum: float = 0.0
+    objective: str = "dot"
+    target_norm: str = "l2"
+    adaptive: tuple[str, ...] = SLOW
+    retention: bool = True
+    dgd: bool = True
+    retain_to: str = "zero"
+    rate_start: float = 0.5
+    retain_start: float = 0.9999
+    slow_rate_scale: float = 1.0
+    w1_scale: float = 1.0
+    w2_scale: float = 1.0
+    detach_writes: bool = False
+    recompute: bool = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "adaptive", tuple(self.adaptive))
+        object.__setattr__(self, "memory_chunk", self.chunk if self.memory_chunk is None else self.memory_chunk)
+        for name in ("head_width", "hidden_width", "heads", "chunk", "memory_chunk"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}, must be at least 1")
+        if self.chunk % self.memory_length:
+            raise UserError(
+                f"chunk is {self.chunk} and memory_chunk {self.memory_chunk}: chunk must be a multiple of memory_chunk"
+            )
+        if not self.rate_max >= 0:
+            raise UserError(f"rate_max is {self.rate_max}, must be >= 0")
+        for name in ("rate_start", "retain_start"):
+            if not 0 < getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}, must be between 0 and 1, both excluded")
+        for name in self.adaptive:
+            if name not in (*SLOW, "q"):
+                raise UserError(f"adaptive names {name!r}, must be among {[*SLOW, 'q']}{suggest(name, SLOW)}")
+        _ = self.rule
+
+    @property
+    def memory_length(self) -> int:
+        """memory_chunk, resolved."""
+        return self.chunk if self.memory_chunk is None else self.memory_chunk
+
+    @property
+    def rule(self) -> WriteRule:
+        """How every memory writes."""
+        return WriteRule(
+            self.objective, self.momentum, self.dgd, self.retain_to, self.target_norm, detach_writes=self.detach_writes
+        )
+
+    @property
+    def written(self) -> tuple[str, ...]:
+        """The memories that change, in the order of ``names``: the adaptive ones and "memory"."""
+        return tuple(n for n in self.names if n in self.adaptive or n == "memory")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All memories in the order of their stack: the static ones, the adaptive ones, then "memory"."""
+        slow = (*SLOW, "q") if "q" in self.adaptive else SLOW
+        return (*(n for n in slow if n not in self.adaptive), *(n for n in slow if n in self.adaptive), "memory")
+
+
+class ReadOut(nn.Module):
+    """A scalar per head: ⟨weight, z⟩ + bias, weight (H, d), bias (H,)."""
+
+    def __init__(self, heads: int, width: int, start: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(heads, width))
+        self.bias = nn.Parameter(torch.empty(heads))
+        self.start = start
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """sigmoid of the output starts near ``start``."""
+        nn.init.normal_(self.weight, std=0.1 * self.weight.shape[-1] ** -0.5)
+        nn.init.constant_(self.bias, math.log(self.start / (1 - self.start)))
+
+
+class Gates(NamedTuple):
+    """What the slow memories generate for a piece of n tokens: k, v, q (B, 1, H, n, d); η, log α (B, 1, H, n)."""
+
+    key: Tensor
+    value: Tensor
+    query: Tensor
+    rate: Tensor
+    log_retain: Tensor
+
+    def cut(self, begin: int, end: int) -> Gates:
+        """The same for tokens begin … end."""
+        return Gates(*(t[..., begin:end, :] for t in self[:3]), *(t[..., begin:end] for t in self[3:]))
+
+
+class Signals(NamedTuple):
+    """What happened inside while reading, for the memories in ``names``.
+
+    surprise, rate  (B, M, H, T)  ‖∇_y L̃‖ of each write, and its η;  retain (B, 1, H, T)
+    norm            (B, M, H, P)  sqrt(‖w1‖² + ‖w2‖²) after each of P pieces of ``lengths`` tokens
+    """
+
+    names: tuple[str, ...]
+    surprise: Tensor
+    rate: Tensor
+    retain: Tensor
+    norm: Tensor
+    lengths: tuple[int, ...]
+
+
+class SelfModifyingMemory(nn.Module):
+    """See the module docstring. ``y, state = memory(x, query, state)``; a state of None starts new streams.
+
+    Parameters: initial[name].w1 (H, d, h), .w2 (H, h, d); rate_read, retain_read .weight (H, d), .bias (H,);
+    rate_scale[name] (H,), of which the absolute value counts.
+    """
+
+    def __init__(self, config: SelfModifyingConfig) -> None:
+        super().__init__()
+        self.config = c = config
+        self.initial = nn.ModuleDict(
+            {n: InitialWeights(c.heads, c.head_width, c.hidden_width, c.w1_scale, c.w2_scale) for n in sorted(c.names)}
+        )
+        self.rate_read = ReadOut(c.heads, c.head_width, c.rate_start)
+        self.retain_read = ReadOut(c.heads, c.head_width, c.retain_start)
+        self.rate_scale = nn.ParameterDict({n: nn.Parameter(torch.empty(c.heads)) for n in sorted(c.names)})
+        self.reset_scales()
+
+    def reset_scales(self) -> None:
+        """rate_scale starts at 1 for "memory", at ``slow_rate_scale`` for the others."""
+        for name, scale in self.rate_scale.items():
+            nn.init.constant_(scale, 1.0 if name == "memory" else self.config.slow_rate_scale)
+
+    def initial_weights(self, dtype: torch.dtype) -> Weights:
+        """The initial states of all memories, stacked in the order of ``config.names``: (M, H, d, h), (M, H, h, d)."""
+        stacks = (torch.stack([getattr(self.initial[n], w) for n in self.config.names]) for w in ("w1", "w2"))
+        return Weights(*(s.to(dtype) for s in stacks))
+
+    def init_state(self, batch: int) -> FastState:
+        """The state before the first token of ``batch`` streams."""
+        return FastState.fresh(self.initial_weights(inner_dtype(self.rate_read.bias.dtype)), batch, self.config.names)
+
+    def forward(
+        self, x: Tensor, query: Tensor, state: FastState | None = None, value_input: Tensor | None = None
+    ) -> tuple[Tensor, FastState]:
+        """Read at ``query`` and learn from ``x``.
+
+        x, query, value_input  (B, T, H, d); query is normalised by the caller; value_input (default x) is what M_v reads
+        state                  of these B streams; None starts new ones
+
+        Returns (y (B, T, H, d), state). The inner loop runs in float32 at least, whatever the inputs are.
+        """
+        return self._read(x, query, state, value_input, None)
+
+    @torch.no_grad()
+    def observe(
+        self, x: Tensor, query: Tensor, state: FastState | None = None, value_input: Tensor | None = None
+    ) -> Signals:
+        """Read as `forward` does and return what happened inside."""
+        record: list[tuple[Tensor, ...]] = []
+        self._read(x, query, state, value_input, record)
+        surprise, rate, retain, norm = (torch.cat(parts, dim=-1) for parts in zip(*record, strict=True))
+        lengths = tuple(piece[0].shape[-1] for piece in record)
+        return Signals(self.config.written, surprise, rate, retain, norm, lengths)
+
+    def _read(
+        self,
+        x: Tensor,
+        query: Tensor,
+        state: FastState | None,
+        value_input: Tensor | None,
+        record: list[tuple[Tensor, ...]] | None,
+    ) -> tuple[Tensor, FastState]:
+        c, dtype = self.config, inner_dtype(x.dtype)
+        value_input = x if value_input is None else value_input
+        self._check(x, query, value_input, state)
+        initial = self.initial_weights(dtype)
+        scales = torch.stack([self.rate_scale[n] for n in c.written]).abs()
+        reads = (self.rate_read.weight, self.rate_read.bias, self.retain_read.weight, self.retain_read.bias)
+        periods = torch.tensor([c.chunk] * (len(c.names) - 1) + [c.memory_length], device=x.device)
+        y, state = run_stream(
+            partial(self._step, record=record),
+            FastState.fresh(initial, x.shape[0], c.names) if state is None else state,
+            tuple(t.transpose(1, 2).to(dtype) for t in (x, value_input, query)),
+            (*initial, *(t.to(dtype) for t in (scales, *reads))),
+            periods,
+            chunk=c.chunk,
+            fresh=state is None,
+            recompute=c.recompute and record is None,
+        )
+        return y.transpose(1, 2).to(x.dtype), state
+
+    def _check(self, x: Tensor, query: Tensor, value_input: Tensor, state: FastState | None) -> None:
+        c = self.config
+        for name, t in (("x", x), ("query", query), ("value_input", value_input)):
+            if t.dim() != 4 or t.shape != x.shape or t.shape[1] < 1 or t.shape[2:] != (c.heads, c.head_width):
+                raise UserError(
+                    f"{name} has the shape {tuple(t.shape)}, must be (B, T, heads, head_width) = (B, T, {c.heads}, "
+                    f"{c.head_width}), the same for x, query and value_input, with T >= 1"
+                )
+        if state is not None and (state.w1.shape[0] != x.shape[0] or state.names != c.names):
+            raise UserError(
+                f"state holds {state.w1.shape[0]} streams of the memories {state.names}, but x has {x.shape[0]} rows and "
+                f"this memory is {c.names}: pass the state of these very streams"
+            )
+
+    def _step(
+        self,
+        live: Fast,
+        start: Weights | None,
+        inputs: Tensors,
+        constants: Tensors,
+        offset: int | None,
+        *,
+        record: list[tuple[Tensor, ...]] | None,
+    ) -> tuple[Tensor, Fast, Weights]:
+        """One piece of one chunk: generate, then write and read. ``start`` None: the piece begins the chunk."""
+        c, static = self.config, len(self.config.names) - len(self.config.written)
+        origin = live.weights if start is None else start
+        gates = self._generate(origin, inputs, constants[3:])
+        together = c.memory_length == c.chunk or len(c.written) == 1
+        spans = [slice(static, None)] if together else [slice(static, -1), slice(-1, None)]
+        lengths = [c.memory_length] if together else [c.chunk, c.memory_length]
+        done = [
+            self._write(span, length, live, start, gates, constants, offset, observe=record is not None)
+            for span, length in zip(spans, lengths, strict=True)
+        ]
+        kept = slice(static)
+        live = Fast(*_stack(select(live, kept), *(d.live for d in done)))
+        start = Weights(*_stack(select(origin, kept), *(d.start for d in done)))
+        if record is not None:
+            surprise = torch.cat([d.surprise for d in done], dim=1)
+            norm = sum(w[:, static:].square().sum((-1, -2)) for w in live.weights).sqrt()
+            record.append((surprise, gates.rate * constants[2][..., None], gates.log_retain.exp(), norm[..., None]))
+        return done[-1].reads, live, start
+
+    def _generate(self, weights: Weights, inputs: Tensors, reads: Tensors) -> Gates:
+        """k, v, q, η, α of a piece, from the slow memories at the chunk's start."""
+        x, value_input, query = inputs
+        given = {"v": value_input, "q": query}
+        names = self.config.names[:-1]
+        out = deep_forward(select(weights, slice(-1)), torch.stack([given.get(n, x) for n in names], dim=1))
+        made = {name: out[:, i : i + 1] for i, name in enumerate(names)}
+        rate_weight, rate_bias, retain_weight, retain_bias = (t[..., None] for t in reads)
+        rate = self.config.rate_max * torch.sigmoid((made["eta"] @ rate_weight).squeeze(-1) + rate_bias)
+        logit = (made["alpha"] @ retain_weight).squeeze(-1) + retain_bias
+        log_retain = nn.functional.logsigmoid(logit).clamp_min(_LOG_FLOOR)
+        return Gates(
+            l2norm(made["k"]),
+            made["v"],
+            l2norm(made["q"]) if "q" in made else query[:, None],
+            rate,
+            log_retain if self.config.retention else torch.zeros_like(log_retain),
+        )
+
+    def _write(
+        self,
+        span: slice,
+        length: int,
+        live: Fast,
+        start: Weights | None,
+        gates: Gates,
+        constants: Tensors,
+        offset: int | None,
+        *,
+        observe: bool,
+    ) -> _Written:
+        """Write a piece into the memories of ``span``, whose own chunks are ``length`` long; read the last of them."""
+        live = Fast(*select(live, span))
+        origin = None if start is None else select(start, span)
+        static = len(self.config.names) - len(self.config.written)
+        initial = Weights(*(w[span] for w in constants[:2]))
+        scales = constants[2][slice(span.start - static if span.start >= 0 else -1, span.stop)][..., None]
+        reads, surprise = [], [] if observe else None
+        for begin, end in _cuts(gates.rate.shape[-1], offset, length):
+            if offset is not None and (offset + begin) % length == 0:
+                origin = live.weights
+            piece = gates.cut(begin, end)
+            read, live = deep_chunk(
+                None if origin is not None and origin.w1 is live.w1 else origin,
+                live,
+                piece.key,
+                piece.value,
+                piece.rate * scales,
+                chunk_decays(piece.log_retain, self.config.momentum),
+                self.config.rule,
+                initial=initial,
+                query=piece.query if span.stop is None else None,
+                surprise=surprise,
+            )
+            reads.append(read)
+        assert origin is not None
+        read = torch.cat(reads, dim=-2) if span.stop is None else None
+        return _Written(read, live, origin, torch.cat(surprise, dim=-1) if surprise else None)
+
+
+class _Written(NamedTuple):
+    reads: Tensor | None
+    live: Fast
+    start: Weights
+    surprise: Tensor | None
+
+
+def inner_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The inner loop's dtype: float32 at least."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def select(weights: Weights, span: slice) -> Weights:
+    """The memories of ``span`` from a stack (B, M, …)."""
+    return type(weights)(*(w[:, span] for w in weights))
+
+
+def _stack(*parts: tuple[Tensor, ...]) -> list[Tensor]:
+    """Stacks joined along their memories, empty ones left out."""
+    return [
+        ts[0] if len(ts) == 1 else torch.cat(ts, dim=1)
+        for ts in ([t for t in column if t.shape[1]] for column in zip(*parts, strict=True))
+    ]
+
+
+def _cuts(count: int, offset: int | None, length: int) -> list[tuple[int, int]]:
+    """Where ``count`` tokens from ``offset`` on are cut by multiples of ``length``."""
+    if offset is None:
+        return [(0, count)]
+    inner = range(length - offset % length, count, length)
+    edges = [0, *inner, count]
+    return list(zip(edges, edges[1:], strict=False))

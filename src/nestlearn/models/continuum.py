@@ -1,0 +1,91 @@
+"""The continuum memory system (NL §7.1): MLP blocks, one per level, each changing on its own period.
+
+    nested, sequential   y = MLP_n(… MLP_2(MLP_1(x)))            a chain, fastest first            (NL Eq. 70, 72, 73)
+    independent          y = x + Σ_s w_s MLP_s(x)                 parallel, learned weights         (NL Eq. 74)
+
+The connections differ in where a block's weights come from. In "sequential" all initial states are parameters of the
+whole. In "nested" a slower level provides the initial state of the next faster one, which restarts from it each time
+the slower one steps (`restart`). *When* a level steps is the optimizer's affair (`optim/leveled.py`).
+
+A block is MLP(n(x)) with a residual; its norm n has no weights (they would fold into the MLP's first layer), so that
+a system of n levels has exactly the parameters of one gated MLP of the summed hidden width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nestlearn.errors import UserError, suggest
+from nestlearn.levels import Level
+from nestlearn.models.mlp import GatedMLP
+
+CONNECTIONS = ("sequential", "nested", "independent")
+
+
+class Continuum(nn.Module):
+    """A system of levels of the given total hidden width; ``levels`` fastest first."""
+
+    def __init__(
+        self, width: int, hidden: int, levels: Sequence[Level], connection: str = "sequential", eps: float = 1e-6
+    ) -> None:
+        super().__init__()
+        if connection not in CONNECTIONS:
+            raise UserError(
+                f"connection is {connection!r}, must be one of {list(CONNECTIONS)}{suggest(connection, CONNECTIONS)}"
+            )
+        self.levels, self.connection, self.eps = tuple(levels), connection, eps
+        hiddens = split_hidden(hidden, levels)
+        if connection == "nested" and len(set(hiddens)) > 1:
+            raise UserError(
+                f"nested levels have the hidden widths {hiddens}: a level restarts from the next slower one, so all must "
+                "be equal; choose an intermediate_size divisible by the number of levels"
+            )
+        self.blocks = nn.ModuleDict({level.name: GatedMLP(width, h) for level, h in zip(levels, hiddens, strict=True)})
+        self.weights = nn.Parameter(torch.ones(len(levels))) if connection == "independent" else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (…, width) to the same shape."""
+        return self.run(x)[-1]
+
+    def run(self, x: Tensor) -> list[Tensor]:
+        """What each level adds (in level order), then the system's output."""
+        added = []
+        if self.weights is not None:
+            normed = F.rms_norm(x, x.shape[-1:], eps=self.eps)
+            for weight, block in zip(self.weights, self.blocks.values(), strict=True):
+                added.append(weight * block(normed))
+            return [*added, x + sum(added)]
+        for block in self.blocks.values():
+            added.append(block(F.rms_norm(x, x.shape[-1:], eps=self.eps)))
+            x = x + added[-1]
+        return [*added, x]
+
+    @torch.no_grad()
+    def restart(self, fired: set[float]) -> None:
+        """Nested only: after the levels of these periods stepped, every faster level restarts from the next slower one."""
+        if self.connection != "nested":
+            return
+        stepped = max((i for i, level in enumerate(self.levels) if level.period in fired), default=0)
+        for faster in reversed(range(stepped)):
+            slower = self.blocks[self.levels[faster + 1].name]
+            for ours, theirs in zip(
+                self.blocks[self.levels[faster].name].parameters(), slower.parameters(), strict=True
+            ):
+                ours.copy_(theirs)
+
+
+def split_hidden(total: int, levels: Sequence[Level]) -> list[int]:
+    """Hidden width of each level: its own, or an equal share of what the others leave of ``total``."""
+    open_levels = [level for level in levels if level.hidden_size is None]
+    left = total - sum(level.hidden_size or 0 for level in levels)
+    if (open_levels and left < len(open_levels)) or (not open_levels and left != 0):
+        named = {level.name: level.hidden_size for level in levels}
+        raise UserError(
+            f"intermediate_size is {total}, but the levels take {named}: it must be the sum over the levels"
+        )
+    shares = iter([left // len(open_levels) + (i < left % len(open_levels)) for i in range(len(open_levels))])
+    return [next(shares) if level.hidden_size is None else level.hidden_size for level in levels]

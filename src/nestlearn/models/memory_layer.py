@@ -1,0 +1,122 @@
+"""Layers around a memory: static maps, causal convolution, heads, output norm, gate and projection.
+
+    [x_k, x_v, q, g] = W_in x          x_k feeds the keys and gates, x_v the values; both pass a causal depthwise convolution
+    y = memory(x_k, l2norm(q), x_v)    heads of width d
+    out = W_out (norm(y) ∘ silu(g))
+
+`MemoryFrame` is this frame; what stands inside is a self-modifying memory or, for comparison, a gated delta rule.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nestlearn.memory.deep import l2norm
+from nestlearn.memory.linear import LinearConfig, LinearMemory
+from nestlearn.memory.self_modifying import ReadOut, SelfModifyingConfig, SelfModifyingMemory, Signals
+from nestlearn.memory.state import State
+from nestlearn.models.mlp import RMSNorm
+
+
+@dataclass(frozen=True)
+class LayerState(State):
+    """tail (B, width − 1, channels), the convolution's last inputs; memory, the inner state."""
+
+    tail: Tensor
+    memory: State
+
+
+class CausalConv(nn.Module):
+    """Depthwise causal convolution over time, streaming: (B, T, channels) with the last width − 1 inputs as its state."""
+
+    def __init__(self, channels: int, width: int = 4) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width, channels))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Near the identity: the current token passes, older ones start small."""
+        nn.init.normal_(self.weight, std=0.3)
+        with torch.no_grad():
+            self.weight[-1] += 1
+
+    def init_tail(self, batch: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Zeros: nothing came before."""
+        return torch.zeros(batch, len(self.weight) - 1, self.weight.shape[1], dtype=dtype, device=device)
+
+    def forward(self, x: Tensor, tail: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns (output (B, T, channels), tail after the last token)."""
+        padded = torch.cat([tail, x], dim=1)
+        length, width = x.shape[1], len(self.weight)
+        out = sum(self.weight[i] * padded[:, i : i + length] for i in range(width))
+        return out, padded[:, padded.shape[1] - width + 1 :]  # pyright: ignore[reportReturnType]
+
+
+class MemoryFrame(nn.Module):
+    """Everything of a memory layer but the memory: subclasses provide `_memorise`."""
+
+    def __init__(self, width: int, heads: int, *, conv_width: int = 4, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.heads, self.head_width = heads, width // heads
+        self.project = nn.Linear(width, 4 * width, bias=False)
+        self.conv = CausalConv(2 * width, conv_width)
+        self.norm = RMSNorm(self.head_width, eps)
+        self.out = nn.Linear(width, width, bias=False)
+
+    def forward(self, x: Tensor, state: LayerState | None = None) -> tuple[Tensor, LayerState]:
+        """x (B, T, width); state None starts new streams. Returns (output, state)."""
+        key_value, query, gate, tail = self._inputs(x, state)
+        key_input, value_input = (self._split(t) for t in key_value.chunk(2, dim=-1))
+        y, memory = self._memorise(key_input, value_input, query, None if state is None else state.memory)
+        return self.out(self.norm(y).flatten(-2) * F.silu(gate)), LayerState(tail, memory)
+
+    def _inputs(self, x: Tensor, state: LayerState | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        width = x.shape[-1]
+        key_value, query, gate = self.project(x).split([2 * width, width, width], dim=-1)
+        tail = self.conv.init_tail(len(x), x.dtype, x.device) if state is None else state.tail
+        key_value, tail = self.conv(key_value, tail)
+        return key_value, l2norm(self._split(query)), gate, tail
+
+    def _split(self, t: Tensor) -> Tensor:
+        return t.unflatten(-1, (self.heads, self.head_width))
+
+    def _memorise(self, key: Tensor, value: Tensor, query: Tensor, state: State | None) -> tuple[Tensor, State]:
+        raise NotImplementedError
+
+
+class SelfModifyingLayer(MemoryFrame):
+    """Self-modifying Titans (NL §8.1)."""
+
+    def __init__(self, width: int, memory: SelfModifyingConfig, *, conv_width: int = 4, eps: float = 1e-6) -> None:
+        super().__init__(width, memory.heads, conv_width=conv_width, eps=eps)
+        self.memory = SelfModifyingMemory(memory)
+
+    def _memorise(self, key: Tensor, value: Tensor, query: Tensor, state: State | None) -> tuple[Tensor, State]:
+        return self.memory(key, query, state, value)
+
+    @torch.no_grad()
+    def observe(self, x: Tensor) -> Signals:
+        """What the memory does while reading x (B, T, width) from a new stream: see `SelfModifyingMemory.observe`."""
+        key_value, query, _, _ = self._inputs(x, None)
+        key, value = (self._split(t) for t in key_value.chunk(2, dim=-1))
+        return self.memory.observe(key, query, None, value)
+
+
+class GatedDeltaLayer(MemoryFrame):
+    """The gated delta rule in the same frame: static k, v, rate and retention, a matrix for a memory (for comparison)."""
+
+    def __init__(self, width: int, heads: int, *, chunk: int = 64, conv_width: int = 4, eps: float = 1e-6) -> None:
+        super().__init__(width, heads, conv_width=conv_width, eps=eps)
+        self.memory = LinearMemory(LinearConfig(self.head_width, self.head_width, heads, rule="delta", chunk=chunk))
+        self.rate_read = ReadOut(heads, self.head_width, 0.5)
+        self.retain_read = ReadOut(heads, self.head_width, 0.9999)
+
+    def _memorise(self, key: Tensor, value: Tensor, query: Tensor, state: State | None) -> tuple[Tensor, State]:
+        rate, retain = (
+            torch.sigmoid((key * read.weight).sum(-1) + read.bias) for read in (self.rate_read, self.retain_read)
+        )
+        return self.memory(l2norm(F.silu(key)), F.silu(value), rate, retain, query, state)
