@@ -142,7 +142,7 @@ def _accumulate(parameters: list[torch.Tensor], state: Any, tokens: int) -> None
 
 @contextmanager
 def _chunk_means_as_grad(groups: list[dict[str, Any]], state: Any) -> Iterator[None]:
-    """Within, ``.grad`` is the mean gradient of each group's finished chunk, and the chunks are empty; after, as before.
+    """Within, ``.grad`` is the mean gradient of each group's finished chunk, the chunks are empty; after, as before.
 
     A chunk of one step needs no mean: its ``.grad`` is used as it is, bit for bit what a plain optimizer would see.
     """

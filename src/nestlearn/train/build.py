@@ -1,0 +1,90 @@
+"""From a config to what a run is made of: text, tokens, batches, model, leveled optimizer."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from nestlearn.data.batches import Batches
+from nestlearn.data.text import Corpus, read_texts, standard_library
+from nestlearn.data.tokens import Tokenizer, load_tokenizer, tokenize
+from nestlearn.errors import UserError, suggest
+from nestlearn.optim import Leveled, parameter_groups
+from nestlearn.train.config import TrainConfig
+
+
+@dataclass(frozen=True, eq=False)
+class Data:
+    """The text of a run. ``held_out`` are ids (N,)."""
+
+    corpus: Corpus
+    tokenizer: Tokenizer
+    batches: Batches
+    held_out: np.ndarray
+
+    @property
+    def bits_per_byte(self) -> float:
+        """A loss of 1 nat per token, in bits per byte of the training text."""
+        return len(self.batches.tokens) / self.corpus.train.bytes / math.log(2)
+
+
+def load_data(config: TrainConfig, tokenizer: Tokenizer | None = None) -> Data:
+    """``tokenizer`` is the checkpoint's where a run is resumed; None loads the config's."""
+    tokenizer = tokenizer or load_tokenizer(config.tokenizer)
+    corpus = read_corpus(config.text)
+    tokens = tokenize(corpus.train, tokenizer)
+    batches = Batches(tokens, config.batch_size, config.sequence_length, config.seed)
+    return Data(corpus, tokenizer, batches, tokenize(corpus.held_out, tokenizer))
+
+
+def read_corpus(text: tuple[str, ...]) -> Corpus:
+    return read_texts([Path(path) for path in text]) if text else standard_library()
+
+
+def vocabulary(config: TrainConfig) -> int:
+    """The number of tokens of a config's model, where possible without its tokenizer's files."""
+    return config.model.get("vocab_size") or load_tokenizer(config.tokenizer).vocab_size
+
+
+def build_model(config: TrainConfig, vocab_size: int) -> Any:
+    """A HopeForCausalLM with the config's seed. UserError for arguments that HopeConfig does not have."""
+    from nestlearn.models.hf import HopeForCausalLM
+
+    hope = hope_config(config, vocab_size)
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        return HopeForCausalLM(hope)
+
+
+def hope_config(config: TrainConfig, vocab_size: int) -> Any:
+    from nestlearn.models.hf import HopeConfig
+
+    known = set(inspect.signature(HopeConfig).parameters)
+    for key in config.model:
+        if key not in known:
+            raise UserError(f"unknown key 'model.{key}'{suggest(key, known)}: HopeConfig has no such argument")
+    given = config.model.get("vocab_size", vocab_size)
+    if given < vocab_size:
+        raise UserError(f"model.vocab_size is {given}: the tokenizer has {vocab_size} tokens, give at least that many")
+    return HopeConfig(**{"vocab_size": vocab_size, **config.model})
+
+
+def load_model(folder: Path) -> Any:
+    """The model of a checkpoint."""
+    from nestlearn.models.hf import HopeForCausalLM
+
+    return HopeForCausalLM.from_pretrained(folder)
+
+
+def build_optimizer(config: TrainConfig, model: Any) -> Leveled:
+    """AdamW, each level on its own period."""
+    groups = parameter_groups(model, lr=config.learning_rate, weight_decay=config.weight_decay)
+    betas = (config.beta1, config.beta2)
+    return Leveled(partial(torch.optim.AdamW, lr=config.learning_rate, betas=betas, eps=config.epsilon), groups)

@@ -1,0 +1,51 @@
+"""One training step, the line that the whole library serves: loss → backward → clip → leveled step."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nestlearn.data.batches import Batch
+from nestlearn.optim import Leveled
+from nestlearn.train.config import TrainConfig
+
+
+class StepResult(NamedTuple):
+    """Both on the model's device, so that reading them is the caller's choice."""
+
+    loss: Tensor  # () mean over the batch's tokens, in nats per token
+    gradient_norm: Tensor  # () L2, before clipping
+
+
+def train_step(model: Any, optimizer: Leveled, batch: Batch, tokens: int, config: TrainConfig) -> StepResult:
+    """Learns from one batch; ``tokens`` were seen before it."""
+    device = next(model.parameters()).device
+    logits = model(batch.inputs.to(device), use_cache=False).logits
+    loss = F.cross_entropy(logits.float().flatten(0, 1), batch.targets.to(device).flatten())
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
+    set_learning_rate(optimizer, learning_rate(config, tokens + batch.inputs.numel()))
+    optimizer.step(tokens=batch.inputs.numel())
+    model.after_step(set(optimizer.fired))
+    optimizer.zero_grad()
+    return StepResult(loss.detach(), torch.as_tensor(norm).detach())
+
+
+def learning_rate(config: TrainConfig, tokens: int) -> float:
+    """The rate of the step that ends at ``tokens``: linear warm-up from 0, then a cosine to ``final_rate`` of the peak."""
+    warmup = config.warmup * config.tokens
+    if tokens < warmup:
+        return config.learning_rate * tokens / warmup
+    done = min(1.0, (tokens - warmup) / max(1.0, config.tokens - warmup))
+    cosine = 0.5 * (1 + math.cos(math.pi * done))
+    return config.learning_rate * (config.final_rate + (1 - config.final_rate) * cosine)
+
+
+def set_learning_rate(optimizer: Leveled, rate: float) -> None:
+    """``rate`` times each group's own scale."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["lr_scale"]
