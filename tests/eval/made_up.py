@@ -3,7 +3,6 @@
 import json
 import math
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,23 +19,24 @@ from nestlearn.eval.run_record import (
     Sample,
     write_record,
 )
+from nestlearn.models.hope import MemorySignal
 
 NASTY = '<script>alert("&amp;")</script> \'"`é\x00\x1c\xff'
-TEXT = (
-    'def join_words(words, sep=" "):\n    """Join <words> & keep the order: naïve, but clear."""\n\treturn sep.join(w.strip() '
-    "for w in words if w)\n\n\nclass Counter(dict):\n    def __missing__(self, key):\n        return 0\n\n    def most_common(self, "
-    "n=None):\n        items = sorted(self.items(), key=lambda item: item[1], reverse=True)\n        return items if n is None else "
-    "items[:n]\n\x1c# </script><b>not bold</b>\n"
-).encode() + b"\xff\xfe end\n"
+TEXT = b'''def join_words(words, sep=" "):
+    """Join <words> & keep the order: na\xc3\xafve, but clear."""
+\treturn sep.join(w.strip() for w in words if w)
 
 
-class Signal(NamedTuple):
-    component: str
-    period: float
-    surprise: torch.Tensor
-    rate: torch.Tensor | None
-    retain: torch.Tensor | None
-    norm: torch.Tensor | None
+class Counter(dict):
+    def __missing__(self, key):
+        return 0
+
+    def most_common(self, n=None):
+        items = sorted(self.items(), key=lambda item: item[1], reverse=True)
+        return items if n is None else items[:n]
+\x1c# </script><b>not bold</b>
+\xff\xfe end
+'''
 
 
 def traced(text: bytes = TEXT, layers: int = 2, memories: bool = True, seed: int = 0) -> Passage:
@@ -49,7 +49,7 @@ def traced(text: bytes = TEXT, layers: int = 2, memories: bool = True, seed: int
     return passage([bytes([b]) for b in text], loss, signals, "lib/<made up>.py")
 
 
-def _layer(layer: int, rarity: np.ndarray, memories: bool, draw: np.random.Generator) -> list[Signal]:
+def _layer(layer: int, rarity: np.ndarray, memories: bool, draw: np.random.Generator) -> list[MemorySignal]:
     tokens, signals = len(rarity), []
     retain = 1 - 1e-4 * np.exp(draw.normal(0, 0.5, tokens))
     rate = np.exp(0.3 * rarity + draw.normal(0, 0.2, tokens))
@@ -57,10 +57,16 @@ def _layer(layer: int, rarity: np.ndarray, memories: bool, draw: np.random.Gener
         surprise = 0.6 + 0.1 * rarity * (1 + 0.2 * i) + draw.normal(0, 0.05, tokens)
         norm = (2 + i) * (1 - 0.5 * np.exp(-np.arange(tokens) / 120)) + draw.normal(0, 0.01, tokens)
         scaled = rate if name == "memory" else rate * 0.02
-        signals.append(Signal(f"layer {layer} / {name}", 64, *map(torch.tensor, (surprise, scaled, retain, norm))))
+        signals.append(
+            MemorySignal(
+                f"layer {layer} / {'memory' if name == 'memory' else 'M_' + name}",
+                64,
+                *map(torch.tensor, (surprise, scaled, retain, norm)),
+            )
+        )
     for level in (512, 4096):
         surprise = torch.tensor(np.exp(draw.normal(-6, 0.4, tokens)) * (1 + (level < 1000)))
-        signals.append(Signal(f"layer {layer} / every-{level}", level, surprise, None, None, None))
+        signals.append(MemorySignal(f"layer {layer} / CMS every-{level}", level, surprise, None, None, None))
     return signals
 
 
@@ -69,7 +75,8 @@ def record(**changes) -> RunRecord:
     noise = np.random.default_rng(1).normal(0, 0.06, (2, 1024))
     twin = position + 0.12 * (1 - np.exp(-np.arange(1024) / 250))
     hope, zero = (
-        Evaluation(b, 400_000, 400_000, (p + n).tolist()) for b, p, n in zip((2.07, 2.16), (position, twin), noise)
+        Evaluation(b, 400_000, 400_000, (p + n).tolist())
+        for b, p, n in zip((2.07, 2.16), (position, twin), noise, strict=True)
     )
     rows = [
         LevelRecord("layers / memory", 1, "dot product", "tokens of the stream", 32_768, "DGD with momentum"),
@@ -82,26 +89,28 @@ def record(**changes) -> RunRecord:
         LevelRecord("optimizer / first moment", 4096, "compress gradients", "gradients", 500_000, "AdamW"),
         LevelRecord("tokenizer", math.inf, "none", "none", 0, "frozen"),
     ]
-    fields = dict(
-        name="tiny-cpu",
-        command="nestlearn train --preset tiny-cpu --seed 0",
-        seed=0,
-        parameters=541_236,
-        tokens=1_638_400,
-        seconds=251.7,
-        sequence_length=1024,
-        tokenizer="bytes",
-        date="2026-01-01T12:00:00+00:00",
-        hardware="a made-up machine with 2 threads",
-        versions={"nestlearn": "0.1.0", "torch": "2.13.0", "python": "3.12.0"},
-        corpus=CorpusRecord("the source of the Python standard library", 11_000_000, "ab" * 32, 1_200_000, "cd" * 32),
-        results=Results(hope, 1.731, 1.842, zero),
-        sample=Sample("def read(path):", f"\n    return open(path)  # {NASTY}\n" * 6),
-        passage=list(TEXT),
-        passage_source="lib/made_up.py",
-        levels=rows,
-        config={"model": {"hidden_size": 128}, "note": NASTY},
-    )
+    fields = {
+        "name": "tiny-cpu",
+        "command": "nestlearn train --preset tiny-cpu --seed 0",
+        "seed": 0,
+        "parameters": 541_236,
+        "tokens": 1_638_400,
+        "seconds": 251.7,
+        "sequence_length": 1024,
+        "tokenizer": "bytes",
+        "date": "2026-01-01T12:00:00+00:00",
+        "hardware": "a made-up machine with 2 threads",
+        "versions": {"nestlearn": "0.1.0", "torch": "2.13.0", "python": "3.12.0"},
+        "corpus": CorpusRecord(
+            "the source of the Python standard library", 11_000_000, "ab" * 32, 1_200_000, "cd" * 32
+        ),
+        "results": Results(hope, 1.731, 1.842, zero),
+        "sample": Sample("def read(path):", f"\n    return open(path)  # {NASTY}\n" * 6),
+        "passage": list(TEXT),
+        "passage_source": "lib/made_up.py",
+        "levels": rows,
+        "config": {"model": {"hidden_size": 128}, "note": NASTY},
+    }
     return RunRecord(**fields | changes)
 
 

@@ -1,15 +1,16 @@
 """What a report shows, gathered from a run's folder; the newest checkpoint's model reads the passage."""
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
+from nestlearn.data.tokens import load_tokenizer
 from nestlearn.eval.curves import Curve, read_curve
 from nestlearn.eval.passage import Passage, passage
-from nestlearn.eval.run_record import METRICS_FILE_NAME, RATE_ZERO_FOLDER, LevelRecord, RunRecord, read_record
+from nestlearn.eval.run_record import METRICS_FILE_NAME, RATE_ZERO_FOLDER, RunRecord, read_record
+from nestlearn.models.hf import HopeForCausalLM
 
 Absent = str  # the reason why a part cannot be shown, one sentence
 
@@ -25,15 +26,10 @@ class Report:
 
 
 def gather(run: Path) -> Report:
-    """Reads a run's folder; the model reads the passage."""
+    """Reads a run's folder; the newest checkpoint's model reads the passage that run.json names."""
     record = read_record(run)
-    checkpoint = newest_checkpoint(run)
-    shown: Passage | Absent = f"there is no checkpoint-* folder in {run.name}, so no model could read a passage."
-    if checkpoint is not None:
-        shown, levels = _ask_model(checkpoint, record)
-        record = replace(record, levels=record.levels or levels)
-    rate_zero = read_curve(run / RATE_ZERO_FOLDER / METRICS_FILE_NAME)
-    return Report(record, read_curve(run / METRICS_FILE_NAME), rate_zero, shown)
+    curve, rate_zero = (read_curve(run / folder / METRICS_FILE_NAME) for folder in (".", RATE_ZERO_FOLDER))
+    return Report(record, curve, rate_zero, _trace(run, record))
 
 
 def newest_checkpoint(run: Path) -> Path | None:
@@ -42,17 +38,14 @@ def newest_checkpoint(run: Path) -> Path | None:
     return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
-def _ask_model(checkpoint: Path, record: RunRecord) -> tuple[Passage | Absent, list[LevelRecord]]:
-    """The traced passage, and the table of levels as the model alone knows it (without the optimizer)."""
-    from nestlearn import HopeForCausalLM
-    from nestlearn.data.tokens import load_tokenizer
-
-    model = HopeForCausalLM.from_pretrained(checkpoint)
-    model.eval()
-    levels = [LevelRecord(**row._asdict()) for row in model.level_table()]
+def _trace(run: Path, record: RunRecord) -> Passage | Absent:
+    checkpoint = newest_checkpoint(run)
+    if checkpoint is None:
+        return f"{run.name} holds no checkpoint, so no model could read the passage."
     if not record.passage or len(record.passage) < 2:
-        return "run.json names no held-out passage (the run ended before its evaluation).", levels
+        return "run.json names no held-out passage."
+    model = HopeForCausalLM.from_pretrained(checkpoint).eval()
     tokenizer = load_tokenizer(str(checkpoint))
     trace = model.trace(torch.tensor([record.passage]))
-    pieces = [tokenizer.decode(np.array([token])) for token in record.passage]
-    return passage(pieces, trace.loss, trace.signals, record.passage_source), levels
+    pieces = [tokenizer.decode([token]) for token in record.passage]
+    return passage(pieces, trace.loss, trace.signals, record.passage_source)

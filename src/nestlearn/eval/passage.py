@@ -4,23 +4,14 @@ import codecs
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
+from torch import Tensor
+
+from nestlearn.models.hope import MemorySignal
 
 MEMORIES = ("memory", "k", "v", "eta", "alpha")  # in the order in which they are shown
 SHOWN_AS = {" ": "·", "\n": "↵", "\t": "⇥", "\x1c": "¶"}  # the last is the separator between documents
-
-
-class SignalLike(Protocol):
-    """`models.hope.MemorySignal`: tensors or arrays (T,), or None; `component` is "group / name"."""
-
-    component: str
-    period: float
-    surprise: object
-    rate: object
-    retain: object
-    norm: object
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,10 +64,10 @@ class Passage:
 
 
 def passage(
-    pieces: Sequence[bytes], loss_nats: object, signals: Sequence[SignalLike], source: str | None = None
+    pieces: Sequence[bytes], loss_nats: Tensor, signals: Sequence[MemorySignal], source: str | None = None
 ) -> Passage:
     """From the bytes of each token, the loss (T-1,) in nats and the signals of `model.trace`."""
-    loss = np.concatenate([[np.nan], np.asarray(loss_nats, dtype=np.float64) / np.log(2)])
+    loss = np.concatenate([[np.nan], loss_nats.double().numpy() / np.log(2)])
     return Passage(tuple(visible(pieces)), loss, tuple(_signal(s) for s in signals), source)
 
 
@@ -92,9 +83,9 @@ def _visible(char: str) -> str:
     return char if char.isprintable() and not unicodedata.combining(char) else "▯"
 
 
-def _signal(raw: SignalLike) -> Signal:
+def _signal(raw: MemorySignal) -> Signal:
+    """A component is named "layer 0 / M_eta" or "layer 0 / CMS every-512"."""
     group, _, name = raw.component.partition(" / ")
-    rate, retain, norm = (
-        None if v is None else np.asarray(v, dtype=np.float64) for v in (raw.rate, raw.retain, raw.norm)
-    )
-    return Signal(group, name or group, raw.period, np.asarray(raw.surprise, dtype=np.float64), rate, retain, norm)
+    name = name.removeprefix("M_").removeprefix("CMS ")
+    rate, retain, norm = (None if v is None else v.double().numpy() for v in (raw.rate, raw.retain, raw.norm))
+    return Signal(group, name, raw.period, raw.surprise.double().numpy(), rate, retain, norm)

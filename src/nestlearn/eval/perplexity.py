@@ -10,25 +10,16 @@ compressors that the result is compared with.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nestlearn.data.text import SEPARATOR
+from nestlearn.data.tokens import Tokenizer
 from nestlearn.errors import UserError
 from nestlearn.eval.run_record import Evaluation
-
-SEPARATOR = b"\x1c"
-
-
-class Decoder(Protocol):
-    """The part of `data.tokens.Tokenizer` that counting bytes needs."""
-
-    separator_id: int
-
-    def decode(self, ids: np.ndarray, /) -> bytes: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +48,7 @@ class Perplexity:
 def bits_per_byte(
     model: nn.Module,
     tokens: np.ndarray,
-    tokenizer: Decoder,
+    tokenizer: Tokenizer,
     *,
     sequence_length: int,
     batch_size: int,
@@ -84,7 +75,7 @@ def bits_per_byte(
     return Perplexity(float(bits.sum()) / size, int(windows.sum()), size, by_position)
 
 
-def measured_bytes(tokens: np.ndarray, tokenizer: Decoder, max_tokens: int | None = None) -> bytes:
+def measured_bytes(tokens: np.ndarray, tokenizer: Tokenizer, max_tokens: int | None = None) -> bytes:
     """The bytes that `bits_per_byte` divides by: the targets, each document decoded, joined by one separator byte."""
     targets = np.asarray(tokens[1:] if max_tokens is None else tokens[1 : 1 + max_tokens])
     cuts = np.flatnonzero(targets == tokenizer.separator_id)

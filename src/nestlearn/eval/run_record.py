@@ -91,7 +91,7 @@ class RunRecord:
     sample: Sample | None = None
     passage: list[int] | None = None  # token ids of a held-out passage of 300 to 600 tokens, for model.trace
     passage_source: str | None = None  # the document it was cut from
-    levels: list[LevelRecord] = field(default_factory=list)  # model and optimizer; empty: the report asks the model
+    levels: list[LevelRecord] = field(default_factory=list)  # of the model and of the optimizer
     config: dict[str, Any] = field(default_factory=dict)  # TrainConfig as JSON, printed as it is
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from nestlearn.eval import curves, score, svg
 from nestlearn.eval.curves import Curve, count, duration
 from nestlearn.eval.gather import Report
-from nestlearn.eval.passage import Passage
+from nestlearn.eval.passage import SHOWN_AS, Passage
 from nestlearn.eval.run_record import Evaluation, LevelRecord
 
 EARLY = 256  # beyond this position of a sequence, a gain is memory and not the local context
@@ -26,6 +26,15 @@ def section(title: str, body: str, lede: str = "") -> str:
 
 def absent(reason: str) -> str:
     return f'<p class="absent">{escape(reason)}</p>'
+
+
+def _figure(caption: str, chart: str) -> str:
+    return f"<figure><figcaption>{escape(caption)}</figcaption>{chart}</figure>"
+
+
+def _readable(text: str) -> str:
+    """Without the control characters that HTML forbids; line ends and tabs stay."""
+    return "".join(c if c in "\n\t" or c.isprintable() else SHOWN_AS.get(c, "▯") for c in text)
 
 
 # ---------------------------------------------------------------- the headline
@@ -102,16 +111,19 @@ def learning(report: Report) -> str:
     results = report.record.results
     marks = [svg.Mark(f"{n} (held-out)", y=v) for n, v in (("xz −9", results.xz), ("bz2 −9", results.bz2)) if v]
 
-    def chart(x: Callable[[Curve], np.ndarray], axis: svg.Axis) -> str:
+    def chart(title: str, x: Callable[[Curve], np.ndarray], axis: svg.Axis) -> str:
         drawn = [svg.Line(n, x(c), s, css, raw=c.loss) for (n, css, c), s in zip(known, smoothed, strict=True)]
-        return svg.line_chart(drawn, axis, y, marks=marks, note=f"training loss against {axis.label}")
+        return _figure(f"against {title}", svg.line_chart(drawn, axis, y, marks=marks, note=f"training loss: {title}"))
 
     unit, name = (60.0, "minutes") if report.curve.seconds[-1] > 180 else (1.0, "seconds")
     tokens = svg.Axis(0, max(c.tokens[-1] for _, _, c in known), "tokens read", text=count)
     time = svg.Axis(0, max(c.seconds[-1] for _, _, c in known) / unit or 1.0, f"time, {name}")
     keys = svg.legend([svg.Line(n, c.tokens, c.loss, css) for n, css, c in known])
-    body = f'{keys}<div class="pair">{chart(lambda c: c.tokens, tokens)}{chart(lambda c: c.seconds / unit, time)}</div>'
-    lede = "Loss of each logged step (faint) and its moving average. The first steps lie above the frame."
+    charts = chart("tokens", lambda c: c.tokens, tokens) + chart("time", lambda c: c.seconds / unit, time)
+    body = f'{keys}<div class="pair">{charts}</div>'
+    lede = "Loss of each logged step (faint) and its moving average."
+    if max(c.loss[0] for _, _, c in known) > y.high:
+        lede += " The first steps lie above the frame."
     return section("Learning", body + ("" if report.rate_zero else absent(NO_TWIN)), lede)
 
 
@@ -134,7 +146,7 @@ def positions(report: Report) -> str:
     x = svg.Axis(0, length, "position in the sequence, tokens", text=count)
     y = _loss_axis([line.y for line in lines], "held-out loss, bits per token", 0.02)
     mark = [svg.Mark(f"{EARLY} tokens", x=EARLY)]
-    charts = svg.line_chart(lines, x, y, marks=mark, note="held-out loss against position")
+    charts = _figure("held-out loss", svg.line_chart(lines, x, y, marks=mark, note="held-out loss against position"))
     if len(lines) == 2 and len(lines[0].x) == len(lines[1].x):
         charts += _worth(lines[0], lines[1], x)
     body = f'{svg.legend(lines)}<div class="pair">{charts}</div>' + ("" if results.rate_zero else absent(NO_TWIN))
@@ -150,11 +162,10 @@ def _worth(hope: svg.Line, zero: svg.Line, x: svg.Axis) -> str:
     """What the memories are worth at each position: rate 0 minus HOPE."""
     gain = svg.Line("rate 0 − HOPE", hope.x, zero.y - hope.y, "s-hope")
     skip = int(len(gain.y) * 0.02)
-    y = svg.around([gain.y[skip:], np.zeros(1)], "what memory saves, bits per token", pad=0.1)
+    y = svg.around([gain.y[skip:], np.zeros(1)], "rate 0 − HOPE, bits per token", pad=0.1)
     marks = [svg.Mark("no gain", y=0.0), svg.Mark(f"{EARLY} tokens", x=EARLY)]
-    return svg.line_chart(
-        [gain], x, y, marks=marks, note="loss of the rate-0 twin minus loss of HOPE, against position"
-    )
+    note = "loss of the rate-0 twin minus loss of HOPE, against position"
+    return _figure("what the memories save", svg.line_chart([gain], x, y, marks=marks, note=note))
 
 
 def _fall(held_out: Evaluation, twin: Evaluation | None) -> str:
@@ -184,7 +195,7 @@ def levels(report: Report) -> str:
     rows = sorted(report.record.levels, key=lambda row: row.period)
     title = "Levels"
     if not rows:
-        return section(title, absent("run.json lists no levels and there is no checkpoint to ask."))
+        return section(title, absent("run.json lists no levels."))
     finite = [row.period for row in rows if row.period != math.inf]
     axis = svg.Axis(1, max([*finite, 10]) * 1.3, log=True)
     body = "".join(_level(row, axis) for row in rows)
@@ -288,8 +299,7 @@ def _norm_chart(passage: Passage, group: str) -> str:
     log = svg.spans_decades(values, 8)
     y = svg.around(values, "norm" + (" (log)" if log else ""), log=log)
     x = svg.Axis(0, len(passage.texts), "token of the passage")
-    chart = svg.line_chart(lines, x, y, height=260, note=f"state norms of {group}")
-    return f"<figure><figcaption>{escape(group)}</figcaption>{chart}</figure>"
+    return _figure(group, svg.line_chart(lines, x, y, height=260, note=f"state norms of {group}"))
 
 
 # ---------------------------------------------------------------- sample, reproduction
@@ -298,7 +308,7 @@ def _norm_chart(passage: Passage, group: str) -> str:
 def sample(report: Report) -> str:
     if report.record.sample is None:
         return section("A sample", absent("The run ended before it generated a sample."))
-    prompt, text = report.record.sample.prompt, report.record.sample.text
+    prompt, text = map(_readable, (report.record.sample.prompt, report.record.sample.text))
     body = f'<pre class="sample"><span>{escape(prompt)}</span>{escape(text)}</pre>'
     return section("A sample", body, "The prompt (pale) is held-out text; the rest is the model’s.")
 
