@@ -45,6 +45,15 @@ def difference(first: Any, second: Any) -> float:
     return max(((a - b).abs().max().item() for a, b in pairs if a.numel()), default=0.0)
 
 
+def same(read: Read, tokens: Tokens, first: Any, second: Any) -> bool:
+    """Two states are the same if they hold the same shapes and everything that is read from them is the same.
+
+    Entries are not compared: what a memory is about to overwrite may differ.
+    """
+    shapes = [[t.shape for t in state.tensors()] for state in (first, second)]
+    return shapes[0] == shapes[1] and difference(read(tokens, first)[0], read(tokens, second)[0]) <= 100 * ROUNDING
+
+
 def leaves(value: Any) -> list[Tensor]:
     return [value] if isinstance(value, Tensor) else list(value.tensors())
 
@@ -67,7 +76,7 @@ def may_be_cut_anywhere(read: Read, tokens: Tokens) -> None:
         first, state = read(cut(tokens, 0, at), None)
         second, state = read(cut(tokens, at), state)
         assert difference(torch.cat([first, second], dim=1), whole) <= ROUNDING
-        assert difference(state, end) <= ROUNDING
+        assert same(read, tokens, state, end)
 
 
 def may_be_read_token_by_token(read: Read, tokens: Tokens) -> None:
@@ -77,7 +86,7 @@ def may_be_read_token_by_token(read: Read, tokens: Tokens) -> None:
         part, state = read(cut(tokens, at, at + 1), state)
         parts.append(part)
     assert difference(torch.cat(parts, dim=1), whole) <= ROUNDING
-    assert difference(state, end) <= ROUNDING
+    assert same(read, tokens, state, end)
 
 
 def does_not_grow(read: Read, tokens: Tokens) -> None:
@@ -104,9 +113,10 @@ def selects_and_joins_rows(read: Read, tokens: Tokens) -> None:
     whole, end = read(cut(tokens, 7), state)
     order = [2, 0, 0]
     reads, picked = read(rows(cut(tokens, 7), order), state[order])
-    assert difference(reads, whole[order]) <= ROUNDING and difference(picked, end[order]) <= ROUNDING
+    assert difference(reads, whole[order]) <= ROUNDING
+    assert same(read, rows(tokens, order), picked, end[order])
     single = [read(rows(tokens, slice(i, i + 1)), None) for i in range(len(tokens[0]))]
-    assert difference(type(end).cat([s for _, s in single]), end) <= ROUNDING
+    assert same(read, tokens, type(end).cat([s for _, s in single]), end)
     changed = tuple(t.clone() for t in tokens)
     for t in changed:
         t[0] *= -2
@@ -122,17 +132,18 @@ def rows_at_different_places_go_on_together(read: Read, tokens: Tokens) -> None:
     alone = [read(f, s) for f, s in zip(following, states, strict=True)]
     together, state = read(joined, type(states[0]).cat(states))
     assert difference(together, torch.cat([r for r, _ in alone])) <= ROUNDING
-    assert difference(state, type(state).cat([s for _, s in alone])) <= ROUNDING
+    assert same(read, joined, state, type(state).cat([s for _, s in alone]))
     first, state = read(cut(joined, 0, 1), type(state).cat(states))
     assert difference(first, together[:, :1]) <= ROUNDING
 
 
 def survives_saving(read: Read, tokens: Tokens, tmp_path: Path) -> None:
-    _, state = read(cut(tokens, 0, 7), None)
-    state.save(tmp_path / "state.safetensors")
-    loaded = type(state).load(tmp_path / "state.safetensors")
-    assert all(torch.equal(a, b) for a, b in zip(state.tensors(), loaded.tensors(), strict=True))
-    assert torch.equal(read(cut(tokens, 7), state)[0], read(cut(tokens, 7), loaded)[0])
+    for at in (7, 8):
+        _, state = read(cut(tokens, 0, at), None)
+        state.save(tmp_path / "state.safetensors")
+        loaded = type(state).load(tmp_path / "state.safetensors")
+        assert all(torch.equal(a, b) for a, b in zip(state.tensors(), loaded.tensors(), strict=True))
+        assert torch.equal(read(cut(tokens, at), state)[0], read(cut(tokens, at), loaded)[0])
 
 
 def moves_to_another_dtype(read: Read, tokens: Tokens) -> None:

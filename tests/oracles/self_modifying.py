@@ -1,7 +1,8 @@
 """Truth for the self-modifying memory: one token, one batch row, one head at a time, written from the objectives.
 
-Five memories M(z) = z + w1 silu(w2 z), named k, v, eta, alpha, memory. For every token each memory's gradient is
-*differentiated* from its inner objective (torch.func.grad), and every write solves its proximal problem (oracles.dgd).
+Five memories M(z) = z + w1 silu(w2 z), named k, v, eta, alpha, memory; a sixth, q, where "q" is adaptive. For every
+token each memory's gradient is *differentiated* from its inner objective (torch.func.grad), and every write solves its
+proximal problem (oracles.dgd).
 
     objective "l2":  1/2 |M(k) - target|^2        objective "dot":  -<M(k), target>        target held constant
 
@@ -19,7 +20,6 @@ from torch import Tensor
 from tests.oracles import dgd
 
 SLOW = ("k", "v", "eta", "alpha")
-NAMES = (*SLOW, "memory")
 Network = dict[str, Tensor]
 
 
@@ -50,7 +50,7 @@ class Constants:
 
 
 def silu(z: Tensor) -> Tensor:
-    return z / (1 + torch.exp(-z))
+    return z * torch.sigmoid(z)
 
 
 def normalised(z: Tensor) -> Tensor:
@@ -121,12 +121,13 @@ def run_row(x, query, value_input, constants: Constants, setting: Setting, netwo
     momenta, start, outputs = dict(momenta), {}, []
     for t in range(len(x)):
         if t % setting.chunk == 0:
-            start.update({name: networks[name] for name in SLOW})
+            start.update({name: network for name, network in networks.items() if name != "memory"})
         if t % setting.memory_chunk == 0:
             start["memory"] = networks["memory"]
-        outputs.append(apply(networks["memory"], query[t]))
+        asked = normalised(apply(start["q"], query[t])) if "q" in networks else query[t]
+        outputs.append(apply(networks["memory"], asked))
         key, value, rate, retain = step(x[t], value_input[t], start, constants, setting)
-        for name in (*(n for n in SLOW if n in setting.adaptive), "memory"):
+        for name in (*setting.adaptive, "memory"):
             networks[name], momenta[name] = write(
                 name, networks[name], momenta[name], start[name], key, value, rate, retain, constants, setting
             )
@@ -165,5 +166,5 @@ def gather(cells, part: int) -> dict[str, Network]:
             layer: torch.stack([torch.stack([cell[part][name][layer] for cell in row]) for row in cells])
             for layer in ("w1", "w2")
         }
-        for name in NAMES
+        for name in cells[0][0][part]
     }

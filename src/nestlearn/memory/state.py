@@ -69,7 +69,13 @@ class State:
     @staticmethod
     def cat(states: Sequence[Any]) -> Any:
         """One batch from the rows of several states of one kind."""
-        return _zip(list(states), lambda tensors: torch.cat(tensors))
+        return _zip(list(states))
+
+    @classmethod
+    def _join(cls, states: Sequence[Any]) -> Any:
+        """`cat` for this kind of state, whatever it is nested in: field by field."""
+        fields = [f.name for f in dataclasses.fields(cls)]
+        return dataclasses.replace(states[0], **{f: _zip([getattr(s, f) for s in states]) for f in fields})
 
     @property
     def nbytes(self) -> int:
@@ -80,7 +86,8 @@ class State:
         """Write to one safetensors file; `load` gives back equal bits."""
         from safetensors.torch import save_file
 
-        tensors = {str(i): t.detach().cpu().contiguous() for i, t in enumerate(self.tensors())}
+        copies = (t.detach().cpu().clone(memory_format=torch.contiguous_format) for t in self.tensors())
+        tensors = {str(i): t for i, t in enumerate(copies)}  # copies, because fields of a state may share memory
         numbers = iter(range(len(tensors)))
         skeleton = json.dumps(_describe(self, numbers))
         save_file(tensors, str(path), metadata={"format": _FORMAT, "skeleton": skeleton})
@@ -126,19 +133,18 @@ def _leaves(value: Any) -> Iterator[Tensor]:
             yield from _leaves(item)
 
 
-def _zip(values: list[Any], join: Callable[[list[Tensor]], Tensor]) -> Any:
+def _zip(values: list[Any]) -> Any:
     first = values[0]
     if any(type(value) is not type(first) for value in values):
         raise UserError(
             f"cannot join states of the kinds {[type(v).__name__ for v in values]}: they must be of one kind"
         )
     if isinstance(first, Tensor):
-        return join(values)
+        return torch.cat(values)
     if isinstance(first, State):
-        fields = [f.name for f in dataclasses.fields(first)]
-        return dataclasses.replace(first, **{f: _zip([getattr(v, f) for v in values], join) for f in fields})
+        return type(first)._join(values)
     if isinstance(first, tuple):
-        return tuple(_zip(list(items), join) for items in zip(*values, strict=True))
+        return tuple(_zip(list(items)) for items in zip(*values, strict=True))
     if any(value != first for value in values):
         raise UserError(f"cannot join states that differ in a constant: {values}")
     return first

@@ -1,0 +1,248 @@
+"""The self-modifying memory against the truth that differentiates its objectives, token by token.
+
+Laws (streaming, forks, bounds) are in test_self_modifying_laws.py.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from nestlearn.errors import UserError
+from nestlearn.memory import SelfModifyingConfig, SelfModifyingMemory
+from tests.oracles import self_modifying as oracle
+
+SLOW = ("k", "v", "eta", "alpha")
+WIDTH, HIDDEN, HEADS = 4, 5, 2
+LETTER = {
+    "chunk": 16,
+    "memory_chunk": 4,
+    "rate_max": 0.3,
+    "momentum": 0.6,
+    "objective": "l2",
+    "target_norm": "none",
+    "adaptive": SLOW,
+    "retain_to": "zero",
+    "retention": True,
+    "dgd": True,
+}
+
+
+def build(heads: int = HEADS, width: int = WIDTH, hidden: int = HIDDEN, seed: int = 0, scale: float = 1.0, **settings):
+    """A float64 memory in which every parameter matters, α is about 0.9 and rates differ per memory by ``scale``."""
+    torch.manual_seed(seed)
+    config = SelfModifyingConfig(head_width=width, hidden_width=hidden, heads=heads, **{**LETTER, **settings})
+    memory = SelfModifyingMemory(config).double()
+    with torch.no_grad():
+        for parameter in memory.parameters():
+            parameter.copy_(0.5 * torch.randn(parameter.shape, dtype=torch.float64))
+        memory.retain_read.bias += 2.0
+        for number, rate_scale in enumerate(memory.rate_scale.values()):
+            rate_scale.fill_((-1) ** number * scale ** (number + 1))
+    return memory
+
+
+def tokens(
+    batch: int, length: int, heads: int = HEADS, width: int = WIDTH, seed: int = 1
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x, query (normalised), value_input."""
+    generator = torch.Generator().manual_seed(seed)
+    x, query, value = (
+        torch.randn(batch, length, heads, width, generator=generator, dtype=torch.float64) for _ in range(3)
+    )
+    return x, torch.nn.functional.normalize(query, dim=-1), value
+
+
+def truth(memory: SelfModifyingMemory, x: Tensor, query: Tensor, value_input: Tensor | None = None):
+    config = memory.config
+    fields = list(oracle.Setting.__dataclass_fields__)
+    setting = oracle.Setting(**{field: getattr(config, field) for field in fields})
+    parameters = {
+        "initial": {name: {"w1": network.w1, "w2": network.w2} for name, network in memory.initial.items()},
+        "rate_weight": memory.rate_read.weight,
+        "rate_bias": memory.rate_read.bias,
+        "retain_weight": memory.retain_read.weight,
+        "retain_bias": memory.retain_read.bias,
+        "rate_scale": dict(memory.rate_scale.items()),
+    }
+    return oracle.run(x, query, parameters, setting, value_input)
+
+
+def flat(y: Tensor, weights, momenta) -> dict[str, Tensor]:
+    """Output and both layers of everything that is left at the end, by name; ours or the truth's."""
+
+    def layer(network, name):
+        return network[name] if isinstance(network, dict) else getattr(network, name)
+
+    found = {"y": y}
+    for kind, tree in (("weights", weights), ("momenta", momenta)):
+        found |= {f"{kind} {n} {w}": layer(tree[n], w) for n in sorted(tree) for w in ("w1", "w2")}
+    return found
+
+
+def compare(
+    memory: SelfModifyingMemory, length: int, batch: int = 1, bound: float = 1e-10, single: float = 1e-4
+) -> None:
+    """float64 within ``bound`` of the truth, float32 within ``single`` of it, relatively; outputs and final state."""
+    x, query, value_input = tokens(batch, length, memory.config.heads, memory.config.head_width)
+    with torch.no_grad():
+        expected = flat(*truth(memory, x, query, value_input))
+        y, state = memory(x, query, memory.init_state(batch), value_input=value_input)
+        for name, ours in flat(y, state.weights, state.momenta).items():
+            assert (ours - expected[name]).abs().max() <= bound, name
+        memory.float()
+        y, state = memory(x.float(), query.float(), memory.init_state(batch), value_input=value_input.float())
+        for name, ours in flat(y, state.weights, state.momenta).items():
+            error = (ours.double() - expected[name]).norm() / expected[name].norm().clamp(min=1e-30)
+            assert error <= single, name
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.6])
+@pytest.mark.parametrize("objective", ["l2", "dot"])
+@pytest.mark.parametrize("chunk, memory_chunk", [(1, 1), (16, 4), (16, 16), (64, 8)])
+def test_equals_the_truth(chunk, memory_chunk, objective, momentum):
+    memory = build(chunk=chunk, memory_chunk=memory_chunk, objective=objective, momentum=momentum)
+    compare(memory, length=75 if chunk == 64 else 37)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.6])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"target_norm": "l2"},
+        {"objective": "dot", "target_norm": "l2", "rate_max": 8.0},
+        {"retain_to": "initial"},
+        {"retain_to": "initial", "dgd": False},
+        {"dgd": False},
+        {"retention": False, "target_norm": "l2"},
+        {"adaptive": ()},
+        {"adaptive": ("k",)},
+        {"adaptive": ("eta", "v")},
+        {"adaptive": ("alpha",), "memory_chunk": 16},
+        {"adaptive": (*SLOW, "q"), "target_norm": "l2"},
+        {"adaptive": ("q",)},
+        {"scale": 0.7},
+        {"scale": 0.7, "memory_chunk": 16},
+        {"recompute": False},
+    ],
+    ids=str,
+)
+def test_every_switch_equals_the_truth(change, momentum):
+    compare(build(momentum=momentum, **change), length=37)
+
+
+def test_batches_and_a_default_value_input_equal_the_truth():
+    memory = build()
+    x, query, _ = tokens(3, 21)
+    with torch.no_grad():
+        expected = flat(*truth(memory, x, query))
+        y, state = memory(x, query, memory.init_state(batch=3))
+        fresh, _ = memory(x, query)
+    assert torch.equal(y, fresh)
+    for name, ours in flat(y, state.weights, state.momenta).items():
+        assert (ours - expected[name]).abs().max() <= 1e-10, name
+
+
+def scalar(results: dict[str, Tensor]) -> Tensor:
+    """A number on which every entry of output and final state has its own influence."""
+    return sum((t * torch.linspace(-1, 1, t.numel(), dtype=t.dtype).view(t.shape)).sum() for t in results.values())
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"objective": "dot", "target_norm": "l2"},
+        {"momentum": 0.0, "memory_chunk": 16},
+        {"retain_to": "initial", "adaptive": ("k", "alpha")},
+        {"dgd": False, "adaptive": (*SLOW, "q")},
+    ],
+    ids=str,
+)
+def test_gradients_equal_the_truths(change, recompute):
+    """Of every parameter and every input, through output and final state: trained through the inner updates."""
+    memory = build(**{"scale": 0.8, "recompute": recompute, **change})
+    given = [t.requires_grad_() for t in tokens(1, 37)]
+    leaves = [*given, *memory.parameters()]
+    expected = torch.autograd.grad(scalar(flat(*truth(memory, *given))), leaves, materialize_grads=True)
+    y, state = memory(given[0], given[1], None, value_input=given[2])
+    found = torch.autograd.grad(scalar(flat(y, state.weights, state.momenta)), leaves, materialize_grads=True)
+    names = ["x", "query", "value_input", *(name for name, _ in memory.named_parameters())]
+    for name, ours, right in zip(names, found, expected, strict=True):
+        assert (ours - right).norm() <= 1e-10 * (1 + right.norm()), name
+
+
+@pytest.mark.parametrize(
+    "chunk, memory_chunk, objective, target_norm, retain_to",
+    [
+        (4, 2, "l2", "none", "zero"),
+        (4, 2, "dot", "l2", "initial"),
+        (3, 3, "dot", "l2", "zero"),
+        (3, 3, "l2", "none", "initial"),
+    ],
+)
+def test_gradcheck_through_everything(chunk, memory_chunk, objective, target_norm, retain_to):
+    """Finite differences on every initial state, read-out, rate scale and input."""
+    memory = build(
+        heads=1, width=2, hidden=3, chunk=chunk, memory_chunk=memory_chunk, scale=0.9,
+        objective=objective, target_norm=target_norm, retain_to=retain_to,
+    )  # fmt: skip
+    given = [t.requires_grad_() for t in tokens(1, 6, heads=1, width=2)]
+    names = [name for name, _ in memory.named_parameters()]
+
+    def run(x, query, value_input, *parameters):
+        replaced = dict(zip(names, parameters, strict=True))
+        y, state = torch.func.functional_call(memory, replaced, (x, query), {"value_input": value_input})
+        return tuple(flat(y, state.weights, state.momenta).values())
+
+    assert torch.autograd.gradcheck(run, (*given, *memory.parameters()))
+
+
+def test_gradients_of_every_parameter_are_not_zero():
+    memory = build()
+    x, query, value_input = tokens(2, 37)
+    memory(x, query, value_input=value_input)[0].square().sum().backward()
+    for name, parameter in memory.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().min() > 0, name
+
+
+def test_a_memory_that_does_not_adapt_stays_its_initial_state():
+    memory = build(adaptive=("v",))
+    x, query, _ = tokens(2, 37)
+    _, state = memory(x, query)
+    for name in ("k", "eta", "alpha"):
+        for layer in ("w1", "w2"):
+            initial = getattr(memory.initial[name], layer)
+            assert torch.equal(getattr(state.weights[name], layer), initial.expand(2, *initial.shape))
+            assert not getattr(state.momenta[name], layer).any()
+    for name in ("v", "memory"):
+        assert not torch.allclose(state.weights[name].w1, memory.initial[name].w1)
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"chunk": 16, "memory_chunk": 5}, "multiple of memory_chunk"),
+        ({"chunk": 0}, "chunk is 0"),
+        ({"momentum": 1.0}, "momentum is 1.0"),
+        ({"rate_max": -1.0}, "rate_max is -1.0"),
+        ({"objective": "dto"}, "did you mean 'dot'"),
+        ({"target_norm": "l1"}, "target_norm is 'l1'"),
+        ({"retain_to": "start"}, "retain_to is 'start'"),
+        ({"adaptive": ("key",)}, "adaptive names 'key'"),
+    ],
+)
+def test_bad_configurations_are_named(settings, words):
+    with pytest.raises(UserError, match=words):
+        build(**settings)
+
+
+def test_bad_shapes_are_named():
+    memory = build()
+    x, query, _ = tokens(2, 5)
+    with pytest.raises(UserError, match="query has the shape"):
+        memory(x, query[:, :4])
+    with pytest.raises(UserError, match="holds 3 streams"):
+        memory(x, query, memory.init_state(batch=3))
