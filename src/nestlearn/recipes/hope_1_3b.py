@@ -1,4 +1,7 @@
-"""HOPE of 1.3 billion parameters for 100 billion tokens (NL §8.3, Table 1). Needs a tokenizer of 32,000 tokens."""
+"""HOPE of 1.3 billion parameters for 100 billion tokens (NL §8.3, Table 1).
+
+Needs a tokenizer of 32,000 tokens.
+"""
 
 from nestlearn.train.config import TrainConfig
 

@@ -1,4 +1,7 @@
-"""HOPE of 340 million parameters for 15 billion tokens (NL §8.3; its budget is ours: the paper names none). Needs a tokenizer of 32,000 tokens."""
+"""HOPE of 340 million parameters for 15 billion tokens (NL §8.3; the budget is ours).
+
+Needs a tokenizer of 32,000 tokens.
+"""
 
 from nestlearn.train.config import TrainConfig
 

@@ -1,4 +1,7 @@
-"""HOPE of 760 million parameters for 30 billion tokens (NL §8.3, Table 1). Needs a tokenizer of 32,000 tokens."""
+"""HOPE of 760 million parameters for 30 billion tokens (NL §8.3, Table 1).
+
+Needs a tokenizer of 32,000 tokens.
+"""
 
 from nestlearn.train.config import TrainConfig
 

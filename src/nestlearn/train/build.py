@@ -35,9 +35,8 @@ class Data:
         return len(self.batches.tokens) / self.corpus.train.bytes / math.log(2)
 
 
-def load_data(config: TrainConfig, tokenizer: Tokenizer | None = None) -> Data:
-    """``tokenizer`` is the checkpoint's where a run is resumed; None loads the config's."""
-    tokenizer = tokenizer or load_tokenizer(config.tokenizer)
+def load_data(config: TrainConfig, tokenizer: Tokenizer) -> Data:
+    """Reads and tokenizes the text. UserError where it is empty, unreadable or shorter than one sequence."""
     corpus = read_corpus(config.text)
     tokens = tokenize(corpus.train, tokenizer)
     batches = Batches(tokens, config.batch_size, config.sequence_length, config.seed)
@@ -64,16 +63,25 @@ def build_model(config: TrainConfig, vocab_size: int) -> Any:
 
 
 def hope_config(config: TrainConfig, vocab_size: int) -> Any:
+    from huggingface_hub.errors import StrictDataclassError
+
     from nestlearn.models.hf import HopeConfig
 
-    known = set(inspect.signature(HopeConfig).parameters)
-    for key in config.model:
+    known = inspect.signature(HopeConfig).parameters
+    for key, value in config.model.items():
         if key not in known:
             raise UserError(f"unknown key 'model.{key}'{suggest(key, known)}: HopeConfig has no such argument")
+        if type(known[key].default) is int and type(value) is not int:
+            raise UserError(f"model.{key} is {value!r}: must be a whole number, for example {known[key].default}")
     given = config.model.get("vocab_size", vocab_size)
     if given < vocab_size:
         raise UserError(f"model.vocab_size is {given}: the tokenizer has {vocab_size} tokens, give at least that many")
-    return HopeConfig(**{"vocab_size": vocab_size, **config.model})
+    try:
+        return HopeConfig(**{"vocab_size": vocab_size, **config.model})
+    except UserError:
+        raise
+    except (TypeError, ValueError, StrictDataclassError) as error:  # a value of another type than the key's
+        raise UserError(f"model {config.model} has a value of the wrong type ({error}): correct it") from error
 
 
 def load_model(folder: Path) -> Any:

@@ -96,7 +96,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:
-    """Checks every file against the manifest. UserError, naming what is wrong and the previous checkpoint, if damaged."""
+    """Checks every file against the manifest. UserError, naming the fault and the previous checkpoint, if damaged."""
     fault = _fault(folder)
     if fault:
         raise UserError(f"checkpoint {folder} is damaged ({fault}): {_previous(folder)}")

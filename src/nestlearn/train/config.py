@@ -134,7 +134,8 @@ def _checked(f: dataclasses.Field[Any], value: Any) -> int | float:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     fits = is_number and (value > low if above else value >= low) and value <= high
     whole = fits and (kind != "int" or value == int(value))
-    rule = f"a {'whole ' if kind == 'int' else ''}number in {'(' if above else '['}{low:g}, {high:g}]"
+    rule = f"a {'whole ' if kind == 'int' else ''}number {'above' if above else 'of at least'} {low:g}"
+    rule += f" and at most {high:g}" if high < math.inf else ""
     _require(whole, f.name, value, f"{rule} ({f.metadata['unit']})")
     return int(value) if kind == "int" else float(value)
 

@@ -35,7 +35,7 @@ def train(
 ) -> tuple[Any, Progress]:
     """Trains to ``config.tokens``, from ``start`` or from the beginning; returns the model and where it stands.
 
-    RUN/metrics.jsonl gets a line every ``log_every`` tokens, RUN a checkpoint every ``checkpoint_every`` and at the end.
+    RUN/metrics.jsonl gets a line every ``log_every`` tokens, and RUN a checkpoint every ``checkpoint_every``.
     Raises UserError where a loss or gradient is not finite (such a model is never saved), and Interrupted on Ctrl-C or
     SIGTERM, after the step under way is done and saved.
     """

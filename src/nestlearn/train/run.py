@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from nestlearn.data.text import Document
-from nestlearn.data.tokens import Tokenizer, tokenize
+from nestlearn.data.tokens import Tokenizer, load_tokenizer, tokenize
 from nestlearn.errors import UserError
 from nestlearn.eval.compression import compression
 from nestlearn.eval.perplexity import bits_per_byte, measured_bytes
@@ -28,7 +28,7 @@ from nestlearn.eval.run_record import (
     Sample,
     write_record,
 )
-from nestlearn.train.build import Data, build_model, load_data
+from nestlearn.train.build import Data, build_model, hope_config, load_data
 from nestlearn.train.checkpoint import Checkpoint, checkpoints, find_checkpoint, load_checkpoint, set_aside_later
 from nestlearn.train.config import TrainConfig
 from nestlearn.train.display import Display
@@ -56,7 +56,9 @@ def run_training(config: TrainConfig, run: Path, start: Checkpoint | None, displ
 
 
 def _stages(config: TrainConfig, run: Path, start: Checkpoint | None, display: Display) -> Path:
-    data = load_data(config, None if start is None else start.tokenizer())
+    tokenizer = load_tokenizer(config.tokenizer) if start is None else start.tokenizer()
+    hope_config(config, tokenizer.vocab_size)  # what cannot be built is refused before any text is read
+    data = load_data(config, tokenizer)
     display.say(data.corpus.summary)
     if start is not None:
         _check_resumable(start, data)

@@ -36,7 +36,7 @@ def train_step(model: Any, optimizer: Leveled, batch: Batch, tokens: int, config
 
 
 def learning_rate(config: TrainConfig, tokens: int) -> float:
-    """The rate of the step that ends at ``tokens``: linear warm-up from 0, then a cosine to ``final_rate`` of the peak."""
+    """The rate of the step that ends at ``tokens``: linear warm-up, then a cosine to ``final_rate`` of the peak."""
     warmup = config.warmup * config.tokens
     if tokens < warmup:
         return config.learning_rate * tokens / warmup
