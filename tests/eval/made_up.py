@@ -19,7 +19,7 @@ from nestlearn.eval.run_record import (
     Sample,
     write_record,
 )
-from nestlearn.models.hope import MemorySignal
+from nestlearn.models.trace import MemorySignal
 
 NASTY = '<script>alert("&amp;")</script> \'"`é\x00\x1c\xff'
 TEXT = b'''def join_words(words, sep=" "):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from nestlearn.models.hope import MemorySignal
+from nestlearn.models.trace import MemorySignal
 
 MEMORIES = ("memory", "k", "v", "eta", "alpha")  # in the order in which they are shown
 SHOWN_AS = {" ": "·", "\n": "↵", "\t": "⇥", "\x1c": "¶"}  # the last is the separator between documents

@@ -16,7 +16,7 @@ from html import escape
 import numpy as np
 
 from nestlearn.eval.passage import Passage, Signal
-from nestlearn.eval.svg import Axis, around, digits, path, spans_decades
+from nestlearn.eval.svg import Axis, around, digits, path
 
 COLUMNS = 90
 CELL = 10.0  # width of a column, in units of the drawing
@@ -30,59 +30,69 @@ SPACE = frozenset("·↵⇥‥")
 
 @dataclass(frozen=True, eq=False)
 class Voice:
-    """One line of a staff."""
+    """One line of a staff: `drawn` (T,) is its shape, `values` (T,) what the read-out says."""
 
     name: str
     css: str
     values: np.ndarray
+    drawn: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
 class Staff:
-    """A small multiple above every row of text."""
+    """A small multiple above every row of text. `low` fixes the lower end of its axis."""
 
     title: str
     unit: str
     voices: tuple[Voice, ...]
     height: float = 40.0
+    low: float | None = None
     bars: bool = False
 
     @property
     def axis(self) -> Axis:
-        values = [voice.values for voice in self.voices]
-        if self.bars:
-            return Axis(0.0, max(float(np.nanmax(values)), 1e-9))
-        return around(values, log=spans_decades(values))
+        """From `low`, else the least value, to the 99.5th percentile: one outlier shall not flatten the rest."""
+        drawn = np.concatenate([voice.drawn for voice in self.voices])
+        drawn = drawn[np.isfinite(drawn)]
+        high = np.percentile(drawn, 99.5) if len(drawn) else 1.0
+        axis = around([drawn[drawn <= high]], pad=0.06)
+        return axis if self.low is None else Axis(self.low, max(axis.high, self.low + 1e-9))
 
 
 def group_staves(passage: Passage, group: str) -> list[Staff]:
     """Loss, then surprise, rate and retention of this group's memories, then the surprise of its CMS levels."""
-    memories, levels = passage.memories(group), passage.levels(group)
+    memories = passage.memories(group)
+    surprise = [(s, s.surprise, s.surprise) for s in memories]
+    rate = [(s, s.rate, s.rate / _mean(s.rate)) for s in memories if s.rate is not None]
+    retain = [(s, s.retain, s.retain) for s in memories if s.retain is not None]
     staves = [
-        Staff("loss", "bits", (Voice("loss", "m-loss", passage.loss),), bars=True),
-        Staff("surprise", "‖∇y L̃‖", _merged([(s, s.surprise) for s in memories]), 54.0),
-        Staff("rate η", "", _merged([(s, s.rate) for s in memories])),
-        Staff("retention α", "", _merged([(s, s.retain) for s in memories]), 32.0),
-        Staff("CMS levels", "‖∇y L‖", level_voices(levels), 44.0),
+        Staff("loss", "bits", (Voice("loss", "m-loss", passage.loss, passage.loss),), low=0.0, bars=True),
+        Staff("surprise", "‖∇y L̃‖", _merged(surprise), 54.0, low=0.0),
+        Staff("rate η", "÷ its mean", _merged(rate)),
+        Staff("retention α", "", _merged(retain), 32.0),
+        Staff("CMS levels", "‖∇y L‖", level_voices(passage.levels(group)), 44.0, low=0.0),
     ]
     return [staff for staff in staves if staff.voices]
+
+
+def _mean(values: np.ndarray) -> float:
+    """The mean; 1 where it is 0, so that a rate that never writes is drawn as a line at 0."""
+    return float(values.mean()) or 1.0
 
 
 def level_voices(levels: Sequence[Signal]) -> tuple[Voice, ...]:
     """CMS levels in shades from fast (light) to slow (dark)."""
     shades = np.linspace(0, 4, len(levels)).round().astype(int) if levels else ()
-    return tuple(Voice(s.name, f"l-{shade}", s.surprise) for s, shade in zip(levels, shades, strict=True))
+    return tuple(Voice(s.name, f"l-{shade}", s.surprise, s.surprise) for s, shade in zip(levels, shades, strict=True))
 
 
-def _merged(pairs: Sequence[tuple[Signal, np.ndarray | None]]) -> tuple[Voice, ...]:
-    """One voice per distinct curve: memories that share a curve share a line and their names stand together."""
-    distinct: list[tuple[list[Signal], np.ndarray]] = []
-    for signal, values in pairs:
-        if values is None:
-            continue
-        same = next((names for names, known in distinct if np.array_equal(known, values, equal_nan=True)), None)
-        same.append(signal) if same is not None else distinct.append(([signal], values))
-    return tuple(Voice(", ".join(s.name for s in names), names[0].css, values) for names, values in distinct)
+def _merged(curves: Sequence[tuple[Signal, np.ndarray, np.ndarray]]) -> tuple[Voice, ...]:
+    """A voice for each (signal, values, drawn); of those with the same shape only the first is drawn."""
+    voices: list[Voice] = []
+    for signal, values, drawn in curves:
+        seen = any(np.allclose(drawn, voice.drawn, rtol=1e-4, atol=0, equal_nan=True) for voice in voices)
+        voices.append(Voice(signal.name, signal.css, values, np.full(len(drawn), np.nan) if seen else drawn))
+    return tuple(voices)
 
 
 def score(passage: Passage, group: str) -> str:
@@ -178,14 +188,14 @@ def _staff(staff: Staff, tokens: range, lefts: np.ndarray, spans: np.ndarray, to
         return bottom - np.clip(axis.fraction(values), 0, 1) * staff.height
 
     draw = _bars if staff.bars else _voice
-    curves = "".join(draw(voice, lefts, spans, y(voice.values[inside]), bottom) for voice in reversed(staff.voices))
-    unit = f"{staff.unit}{' log' if axis.log else ''}".strip()
-    low, high = (f"{v:.3g}" if staff.title != "retention α" else f"{v:.5g}" for v in (axis.low, axis.high))
+    curves = "".join(draw(voice, lefts, spans, y(voice.drawn[inside]), bottom) for voice in reversed(staff.voices))
+    digits = 5 if axis.low > 0.99 else 3  # retention lives between 0.999 and 1
+    low, high = (f"{value:.{digits}g}" for value in (axis.low, axis.high))
     middle = (top + bottom) / 2
     return (
         f'<rect class="staff" x="{GUTTER:g}" y="{top:g}" width="{right - GUTTER:g}" height="{staff.height:g}"/>{curves}'
-        f'<text class="staff-title" x="0" y="{middle + (-1 if unit else 4):g}">{escape(staff.title)}</text>'
-        f'<text class="staff-unit" x="0" y="{middle + 11:g}">{_subscript(unit)}</text>'
+        f'<text class="staff-title" x="0" y="{middle + (-2 if staff.unit else 4):g}">{escape(staff.title)}</text>'
+        f'<text class="staff-unit" x="0" y="{middle + 13:g}">{_subscript(staff.unit)}</text>'
         f'<text class="staff-end" x="{GUTTER - 4:g}" y="{top + 8:g}">{high}</text>'
         f'<text class="staff-end" x="{GUTTER - 4:g}" y="{bottom:g}">{low}</text>'
     )
@@ -229,11 +239,21 @@ def _dim(text: str) -> str:
 
 
 def _keys(staves: Sequence[Staff]) -> str:
-    voices = {v.css: v.name for staff in staves for v in staff.voices if not staff.bars and ", " not in v.name}
+    voices = {v.css: v.name for staff in staves for v in staff.voices if not staff.bars}
     keys = "".join(f'<li><i class="key {css}"></i>{escape(name)}</li>' for css, name in voices.items())
-    shared = "; ".join(f"{v.name} share one line in “{s.title}”" for s in staves for v in s.voices if ", " in v.name)
-    note = f'<p class="note">{escape(shared)}.</p>' if shared else ""
-    return f'<ul class="legend">{keys}</ul>{note}'
+    return f'<ul class="legend">{keys}</ul><p class="note">{escape(" ".join(_remarks(staves)))}</p>'
+
+
+def _remarks(staves: Sequence[Staff]) -> list[str]:
+    said = []
+    for staff in staves:
+        if staff.title.startswith("rate"):
+            means = ", ".join(f"{voice.name} {voice.values.mean():.3g}" for voice in staff.voices)
+            said.append(f"Mean rates: {means}.")
+        hidden = [voice.name for voice in staff.voices if np.isnan(voice.drawn).all()]
+        if hidden:
+            said.append(f"In “{staff.title}” the lines of {', '.join(hidden)} lie under another.")
+    return said
 
 
 # ---------------------------------------------------------------- the fingerprint: every signal at a glance

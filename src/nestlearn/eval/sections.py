@@ -170,7 +170,8 @@ def _worth(hope: svg.Line, zero: svg.Line, x: svg.Axis) -> str:
 
 def _fall(held_out: Evaluation, twin: Evaluation | None) -> str:
     """In words: how far the loss falls from just before position EARLY to the last quarter of the sequence."""
-    said = ["Moving average over positions; every sequence starts from an empty memory."]
+    sequences = round(held_out.tokens / len(held_out.by_position))
+    said = [f"Mean of {sequences:,} sequences, each from an empty memory, with a moving average over positions."]
     known = (("HOPE", held_out), ("its rate-0 twin", twin))
     falls = [f"{_late_fall(e.by_position)} for {name}" for name, e in known if e and len(e.by_position) >= 2 * EARLY]
     if falls:

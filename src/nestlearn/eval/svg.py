@@ -9,7 +9,7 @@ from html import escape
 import numpy as np
 
 POINTS_PER_LINE = 500  # more than a reader can see
-MARGIN_LEFT, MARGIN_RIGHT, MARGIN_TOP, MARGIN_BOTTOM = 52, 14, 14, 44
+MARGIN_LEFT, MARGIN_RIGHT, MARGIN_TOP, MARGIN_BOTTOM = 60, 14, 14, 44
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +62,7 @@ class Axis:
 def _decimals(ticks: Sequence[float]) -> Callable[[float], str]:
     """One format for all: as many decimals as the tick that needs most."""
     decimals = max((len(f"{tick:.6g}".partition(".")[2]) for tick in ticks if "e" not in f"{tick:.6g}"), default=0)
-    return lambda value: f"{value:.2g}" if value and abs(value) < 1e-4 else f"{value:,.{decimals}f}"
+    return lambda value: f"{value:.2g}" if value and abs(value) < 1e-4 else f"{value:,.{decimals}f}".replace("-", "−")
 
 
 def linear_ticks(low: float, high: float, wanted: int) -> list[float]:
