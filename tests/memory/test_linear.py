@@ -99,6 +99,23 @@ def test_recalls_what_it_stored(rule):
     assert torch.allclose(again, values, atol=1e-9)
 
 
+def test_a_retention_of_zero_forgets_and_stays_finite():
+    key, value, rate, retain, query = tokens()
+    retain[:, 9] = 0
+    reads, state = memory("dgd", read_after_write=False)(key, value, rate, retain, query)
+    later = [t[:, 10:] for t in (key, value, rate, retain, query)]
+    assert reads.isfinite().all() and all(t.isfinite().all() for t in state.tensors())
+    start = memory("dgd").init_state(BATCH, dtype=torch.float64)
+    _, only = memory("dgd")(*(t[:, :9] for t in (key, value, rate, retain, query)), start)
+    gone, _ = dgd_oracle.run(only.weight, start.momentum, *at(9, key, -value, rate, retain, query), mu=0.0)[1:]
+    _, truth_end, _ = dgd_oracle.run(gone, start.momentum, later[0], -later[1], *later[2:], mu=0.0)
+    assert (state.weight - truth_end).abs().max() <= 1e-10
+
+
+def at(token: int, *rows: torch.Tensor) -> list[torch.Tensor]:
+    return [t[:, token : token + 1] for t in rows]
+
+
 def test_bfloat16_input_keeps_a_float32_state():
     reads, state = memory("dgd")(*tokens(torch.bfloat16))
     assert reads.dtype == torch.bfloat16 and state.weight.dtype == torch.float32

@@ -30,6 +30,7 @@ from nestlearn.ops.dgd_chunk import chunk_decays, chunk_end, chunk_read, chunk_w
 
 CHUNKED = ("hebbian", "delta", "dgd")
 RULES = (*CHUNKED, "oja", "omega")
+_LEAST = 1e-13  # a sigmoid in float32 can be 0, whose logarithm would make 0/0 of the ratios between tokens
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,9 @@ class LinearMemory(nn.Module):
         mu, rule, chunk = self.config.momentum, self.config.rule, self.config.chunk
         key, value, rate, retain, query = (t.transpose(1, 2) for t in inputs)
         gain = dgd_gain(key, rate) if rule == "dgd" else rate
-        pieces = (t.split(chunk, dim=2) for t in (key, gain[..., None] * value, gain, retain.log(), query))
+        pieces = (
+            t.split(chunk, dim=2) for t in (key, gain[..., None] * value, gain, retain.clamp_min(_LEAST).log(), query)
+        )
         weight, momentum, reads = state.weight, state.momentum, []
         for x, update, g, log_retain, q in zip(*pieces, strict=True):
             decays = chunk_decays(log_retain, mu)

@@ -1,8 +1,9 @@
 """The state of chunked deep memories over a stream, and the loop that cuts a sequence at their chunk boundaries.
 
-A memory's gradients are taken at the weights of its current chunk's start. The state therefore holds two copies of the
-weights: ``live`` (every write so far) and ``start`` (the live ones as they were when the chunk began). With both at hand a
-stream may be cut anywhere, single tokens included, at a size that never grows; no pending inputs need to be kept.
+A memory's gradients are taken at the weights of its current chunk's start (NL Eq. 90). The state therefore holds two
+copies of the weights: ``live`` (every write so far) and ``start`` (the live ones as they were when the chunk began).
+With both at hand a stream may be cut anywhere, single tokens included, at a size that never grows; no pending inputs
+need to be kept.
 """
 
 from __future__ import annotations

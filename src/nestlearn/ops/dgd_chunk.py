@@ -7,9 +7,9 @@ momentum μ in [0, 1):
     m ← μ m − gain · g xᵀ
     S ← S (α I − gain · x xᵀ) + m
 
-The same over a chunk of C tokens, with U = −gain · G, γ_t = Π_{s≤t} α_s, R[t,r] = γ_t/γ_r, L[t,r] = μ^(t−r),
-W = R L, w0[t] = Σ_{τ≤t} R[t,τ] μ^τ and primes for "one row earlier" (row t holds row t−1, row 1 is 0). The unknowns
-are the reads p_t = S_{t−1} x_t, and one unit lower triangular system gives them all:
+The same over a chunk of C tokens, in its dual form (NL Eq. 90–93), with U = −gain · G, γ_t = Π_{s≤t} α_s,
+R[t,r] = γ_t/γ_r, L[t,r] = μ^(t−r), W = R L, w0[t] = Σ_{τ≤t} R[t,τ] μ^τ and primes for "one row earlier" (row t holds
+row t−1, row 1 is 0). The unknowns are the reads p_t = S_{t−1} x_t, and one unit lower triangular system gives them all:
 
     (I + (X Xᵀ ∘ R') diag(gain)) P = γ' X S₀ᵀ + w0' X m₀ᵀ + (X Xᵀ ∘ W') U
     read of q_t before its own write = γ'_t S₀ q_t + w0'_t m₀ q_t + [(Q Xᵀ ∘ W') U − (Q Xᵀ ∘ R') diag(gain) P]_t
