@@ -54,11 +54,10 @@ def tokens(
     return x, torch.nn.functional.normalize(query, dim=-1), value
 
 
-def truth(memory: SelfModifyingMemory, x: Tensor, query: Tensor, value_input: Tensor | None = None):
-    config = memory.config
-    fields = list(oracle.Setting.__dataclass_fields__)
-    setting = oracle.Setting(**{field: getattr(config, field) for field in fields})
-    parameters = {
+def settings_and_parameters(memory: SelfModifyingMemory) -> tuple[oracle.Setting, dict]:
+    """What the truth needs to know, as plain values and dicts of the memory's own tensors."""
+    setting = oracle.Setting(**{name: getattr(memory.config, name) for name in oracle.Setting.__dataclass_fields__})
+    return setting, {
         "initial": {name: {"w1": network.w1, "w2": network.w2} for name, network in memory.initial.items()},
         "rate_weight": memory.rate_read.weight,
         "rate_bias": memory.rate_read.bias,
@@ -66,6 +65,10 @@ def truth(memory: SelfModifyingMemory, x: Tensor, query: Tensor, value_input: Te
         "retain_bias": memory.retain_read.bias,
         "rate_scale": dict(memory.rate_scale.items()),
     }
+
+
+def truth(memory: SelfModifyingMemory, x: Tensor, query: Tensor, value_input: Tensor | None = None):
+    setting, parameters = settings_and_parameters(memory)
     return oracle.run(x, query, parameters, setting, value_input)
 
 
@@ -246,3 +249,30 @@ def test_bad_shapes_are_named():
         memory(x, query[:, :4])
     with pytest.raises(UserError, match="holds 3 streams"):
         memory(x, query, memory.init_state(batch=3))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("objective, dgd", [("dot", True), ("l2", True), ("l2", False)])
+def test_what_is_observed_equals_the_truth(objective, dgd):
+    """At chunk 1 the weights before a token are its start: surprise, rates, α and norms follow from them."""
+    memory = build(chunk=1, memory_chunk=1, objective=objective, dgd=dgd, target_norm="l2", scale=0.8)
+    x, query, _ = tokens(1, 9)
+    signals = memory.observe(x, query)
+    setting, parameters = settings_and_parameters(memory)
+    head, before = 1, memory.init_state(1)
+    constants = oracle.one_head(parameters, head)
+    for t in range(9):
+        networks = {n: {"w1": w.w1[0, head], "w2": w.w2[0, head]} for n, w in before.weights.items()}
+        key, value, rate, retain = oracle.step(x[0, t, head], x[0, t, head], networks, constants, setting)
+        assert (signals.retain[0, 0, head, t] - retain).abs() <= 1e-10
+        _, before = memory(x[:, t : t + 1], query[:, t : t + 1], before)
+        for number, name in enumerate(signals.names):
+            network, scale = networks[name], constants.rate_scale[name].abs()
+            target = oracle.normalised(oracle.apply(network, value))
+            inputs = oracle.layer_inputs(network, key)
+            written = oracle.layer_errors(network, key, target, objective)["w1"]
+            written = written + network["w1"] @ inputs["w1"] if dgd else written
+            assert (signals.surprise[0, number, head, t] - written.norm()).abs() <= 1e-10
+            assert (signals.rate[0, number, head, t] - rate * scale).abs() <= 1e-10
+            after = torch.cat([w[0, head].flatten() for w in before.weights[name]])
+            assert (signals.norm[0, number, head, t] - after.norm()).abs() <= 1e-10
