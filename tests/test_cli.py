@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -166,7 +167,13 @@ def test_a_real_ctrl_c_exits_with_2_and_one_line(tmp_path):
     assert "Traceback" not in stderr
 
 
-def test_resume_trains_longer_but_changes_nothing_else(trained, tmp_path, capsys):
+def test_a_finished_run_can_be_trained_longer(trained, tmp_path, capsys):
+    run = shutil.copytree(trained / "run", tmp_path / "run")
+    assert main(["train", "--resume", str(run), "--tokens", str(8 * STEP), "--set", "compare_rate_zero=false"]) == 0
+    assert "checkpoint: " + str(run / "checkpoint-00000256") in capsys.readouterr().out
+
+
+def test_a_resumed_run_changes_nothing_else(trained, tmp_path, capsys):
     run = str(trained / "run")
     for words, message in (
         (["--seed", "1"], "--seed 1 together with --resume"),
@@ -210,7 +217,7 @@ def another_text(folder: Path) -> Path:
         (["--set", "model.hidden_size=30"], "hidden_size must be divisible by num_attention_heads"),
         (["--set", "model.hidden_size=wide"], "model.hidden_size is 'wide': must be a whole number"),
         (["--set", "model.levels=[64, 32]"], "order them from the fastest"),
-        (["--set", 'model.levels=["often"]'], "has a value of the wrong type"),
+        (["--set", 'model.levels=["often"]'], "level period is 'often'"),
         (["--set", "model.vocab_size=4"], "the tokenizer has 256 tokens"),
         (["--tokens", "many"], "'many' is not a number of tokens"),
         (["--seed", "-1"], "seed is -1: must be"),
@@ -252,8 +259,6 @@ def test_a_folder_with_files_is_never_overwritten(trained, capsys):
 
 
 def test_a_damaged_checkpoint_is_refused_and_the_previous_one_works(trained, tmp_path, capsys):
-    import shutil
-
     run = shutil.copytree(trained / "run", tmp_path / "run")
     (run / "checkpoint-00000192" / "model.safetensors").write_bytes(b"damaged")
     for words in (["eval", str(run)], ["train", "--resume", str(run)], ["generate", str(run), "--prompt", "a"]):
@@ -314,6 +319,16 @@ def test_another_tokenizer_for_a_checkpoint(trained, tmp_path, capsys):
         assert "other.json is not the one that" in refused(capsys, [*words, "--tokenizer", other])
 
 
-def test_an_unknown_flag_is_refused(capsys):
-    assert main(["train", "--lerning-rate", "1"]) == 2
-    assert "Traceback" not in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["train", "--lerning-rate", "1"], "Unrecognized options: --lerning-rate"),
+        (["train", "--tokns", "1k"], "(did you mean '--tokens'?): see nestlearn train --help"),
+        (["trian"], "(did you mean 'train'?)"),
+        (["train", "--seed", "x"], "Error parsing --seed"),
+        (["generate", "run"], "Missing from nestlearn generate: --prompt"),
+        (["eval"], "Missing from nestlearn eval"),
+    ],
+)
+def test_an_unknown_or_missing_word_is_one_line_too(words, message, capsys):
+    assert message in refused(capsys, words)

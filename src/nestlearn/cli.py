@@ -5,9 +5,13 @@ Bad input ends with one line on stderr and exit code 2. Everything heavy is impo
 
 from __future__ import annotations
 
+import io
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr
+from functools import partial, wraps
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,7 +19,7 @@ import tyro
 from tyro.conf import Positional, arg
 
 from nestlearn import __version__
-from nestlearn.errors import UserError
+from nestlearn.errors import UserError, suggest
 
 if TYPE_CHECKING:
     from nestlearn.train.checkpoint import Checkpoint
@@ -24,19 +28,26 @@ if TYPE_CHECKING:
 DEFAULT_PRESET = "tiny-cpu"
 
 
+def _shown(metavar: str, default: str, name: str | None = None) -> Any:
+    """How --help shows a flag."""
+    return arg(name=name, metavar=metavar, help_behavior_hint=f"(default: {default})")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code: 0, or 2 for bad input and interruptions."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # Greek on a terminal that has none is no reason to fail
     if argv in (["--version"], ["-V"]):
         print(f"nestlearn {__version__}")
         return 0
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # of saving and loading, which take no time to speak of
-    commands = {"train": train, "eval": evaluate, "generate": generate, "levels": levels, "report": report}
     try:
-        _refuse_repeated(argv)
-        tyro.extras.subcommand_cli_from_dict(commands, prog="nestlearn", description=__doc__, args=argv or ["--help"])
-    except SystemExit as end:  # tyro's own: --help, or a flag that it does not know
-        return end.code if isinstance(end.code, int) else 2
+        command = _parse(argv or ["--help"])
+        command()
+    except SystemExit:  # tyro has printed --help
+        return 0
     except UserError as error:
         return _refused(str(error))
     except KeyboardInterrupt:
@@ -49,23 +60,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def train(
-    preset: str | None = None,
-    text: tuple[str, ...] = (),
-    tokenizer: str | None = None,
-    tokens: str | None = None,
-    out: Path | None = None,
-    seed: int | None = None,
-    resume: Path | None = None,
-    overrides: Annotated[tuple[str, ...], arg(name="set")] = (),
+    preset: Annotated[str | None, _shown("NAME", DEFAULT_PRESET)] = None,
+    text: Annotated[tuple[str, ...], _shown("PATH …", "the Python standard library's source")] = (),
+    tokenizer: Annotated[str | None, _shown("SPEC", "the preset's")] = None,
+    tokens: Annotated[str | None, _shown("N", "the preset's")] = None,
+    out: Annotated[Path | None, _shown("RUN", "runs/PRESET, numbered where that exists")] = None,
+    seed: Annotated[int | None, _shown("N", "the preset's")] = None,
+    resume: Annotated[Path | None, _shown("PATH", "a new run")] = None,
+    overrides: Annotated[tuple[str, ...], _shown("KEY=VALUE …", "none", name="set")] = (),
 ) -> None:
     """Train a model, evaluate it on held-out text and write a report.
 
     Args:
-        preset: Name of a preset (default: tiny-cpu).
-        text: Files and folders of .txt .md .py .jsonl .parquet (default: the Python standard library's source).
+        preset: Name of a preset.
+        text: Files and folders of .txt .md .py .jsonl .parquet, also .gz and .xz.
         tokenizer: bytes, a tokenizers JSON file or a Hugging Face folder.
         tokens: How many to train on, for example 20k or 5M.
-        out: The run's folder, new or empty (default: runs/PRESET, numbered where that exists).
+        out: The run's folder, new or empty.
         seed: Of the initial weights and the order of the text.
         resume: A checkpoint, or the folder of a run, to go on with.
         overrides: Any other setting, as key=value, for example learning_rate=1e-3 model.hidden_size=64.
@@ -83,15 +94,15 @@ def train(
 
 def evaluate(
     checkpoint: Positional[Path],
-    text: tuple[str, ...] = (),
-    tokenizer: str | None = None,
-    tokens: str | None = None,
+    text: Annotated[tuple[str, ...], _shown("PATH …", "what the run has held out")] = (),
+    tokenizer: Annotated[str | None, _shown("SPEC", "the checkpoint's")] = None,
+    tokens: Annotated[str | None, _shown("N", "as in training")] = None,
 ) -> None:
     """Bits per byte of a checkpoint, beside xz -9 and bz2 -9 of the same bytes.
 
     Args:
         checkpoint: A checkpoint, or the folder of a run.
-        text: Files and folders to read, all of them (default: what the run has held out).
+        text: Files and folders to read, all of them.
         tokenizer: Must be the checkpoint's own; checked if given.
         tokens: Evaluate at most so many.
     """
@@ -123,7 +134,7 @@ def generate(
     temperature: float = 0.8,
     top_k: int = 50,
     seed: int = 0,
-    tokenizer: str | None = None,
+    tokenizer: Annotated[str | None, _shown("SPEC", "the checkpoint's")] = None,
 ) -> None:
     """Continue a text.
 
@@ -177,6 +188,45 @@ def report(run: Positional[Path]) -> None:
     from nestlearn.eval.report import write_report
 
     print(write_report(run))
+
+
+def _parse(argv: Sequence[str]) -> Callable[[], None]:
+    """The command with its arguments, not yet called. What tyro refuses in a box becomes one line."""
+    commands = {"train": train, "eval": evaluate, "generate": generate, "levels": levels, "report": report}
+    _refuse_repeated(argv)
+    later = {name: _later(command) for name, command in commands.items()}
+    box = io.StringIO()
+    try:
+        with redirect_stderr(box):
+            return tyro.extras.subcommand_cli_from_dict(later, prog="nestlearn", description=__doc__, args=argv)
+    except SystemExit as end:
+        if not end.code:
+            raise
+    words = _inside(box.getvalue()).partition(" Got errors:")[0].rstrip(". ")
+    raise UserError(f"{words}{_nearest(argv, commands)}: see nestlearn {argv[0] if argv[0] in commands else ''} --help")
+
+
+def _inside(box: str) -> str:
+    """The first part of tyro's box in one line; where the output is not UTF-8, a title comes first and there is no box."""
+    parts = [""]
+    for line in (line.strip("│ ") for line in box.splitlines() if line[:1] not in "╭╰"):
+        parts = [*parts, ""] if line and not line.strip("─-") else [*parts[:-1], f"{parts[-1]} {line}"]
+    return parts[0 if box.startswith("╭") else 1].strip()
+
+
+def _later(command: Callable[..., None]) -> Callable[..., Any]:
+    """Takes the same arguments, and does nothing yet."""
+    return wraps(command)(lambda *args, **kwargs: partial(command, *args, **kwargs))
+
+
+def _nearest(argv: Sequence[str], commands: dict[str, Callable[..., None]]) -> str:
+    """The nearest to a command or flag that does not exist."""
+    if argv[0] not in commands:
+        return suggest(argv[0], commands)
+    names = signature(commands[argv[0]]).parameters
+    flags = ["--set" if name == "overrides" else f"--{name.replace('_', '-')}" for name in names]
+    unknown = [word for word in argv if word.startswith("--") and word.partition("=")[0] not in flags]
+    return suggest(unknown[0], flags) if unknown else ""
 
 
 def _start(preset: str, given: dict[str, Any], overrides: tuple[str, ...], out: Path | None) -> None:

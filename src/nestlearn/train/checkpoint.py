@@ -168,9 +168,11 @@ def _written_whole(final: Path) -> Iterator[Path]:
         if not is_disk_full(error):
             raise
         kept = [path.name for path in checkpoints(final.parent)]
+        intact, again = ", ".join(kept) or "no earlier ones", "the same again, in an empty folder"
+        again = f"nestlearn train --resume {final.parent}" if kept else again
         raise UserError(
-            f"the disk is full: {final} was not saved, intact are {', '.join(kept) or 'no earlier ones'} "
-            f"in {final.parent}: free some space, then nestlearn train --resume {final.parent}"
+            f"the disk is full: {final} was not saved, intact are {intact} in {final.parent}: "
+            f"free some space, then {again}"
         ) from error
 
 
