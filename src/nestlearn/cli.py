@@ -207,7 +207,7 @@ def _parse(argv: Sequence[str]) -> Callable[[], None]:
 
 
 def _inside(box: str) -> str:
-    """The first part of tyro's box in one line; where the output is not UTF-8, a title comes first and there is no box."""
+    """The first part of tyro's box in one line; where the output is not UTF-8, there is a title instead of a box."""
     parts = [""]
     for line in (line.strip("│ ") for line in box.splitlines() if line[:1] not in "╭╰"):
         parts = [*parts, ""] if line and not line.strip("─-") else [*parts[:-1], f"{parts[-1]} {line}"]
