@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from nestlearn.errors import UserError
+from nestlearn.errors import UserError, suggest
 
 
 @dataclass(frozen=True)
@@ -30,18 +30,20 @@ class Level:
     lr_scale: float = 1.0
 
     def __post_init__(self) -> None:
-        period = float(self.period)
+        if not isinstance(self.name, str) or not self.name or "." in self.name:
+            raise UserError(f"level name is {self.name!r}, must be a word without dots (it names parameters)")
+        period = _number(self.period)
         if not period >= 1:
             raise UserError(
                 f"level {self.name!r}: period is {self.period}, must be at least 1 token (or inf for a frozen level)"
             )
         if period != math.inf and period != int(period):
             raise UserError(f"level {self.name!r}: period is {self.period}, must be a whole number of tokens (or inf)")
-        if self.hidden_size is not None and self.hidden_size < 1:
+        if self.hidden_size is not None and not (isinstance(self.hidden_size, int) and self.hidden_size >= 1):
             raise UserError(
                 f"level {self.name!r}: hidden_size is {self.hidden_size}, must be at least 1 (or None to share)"
             )
-        if not self.lr_scale >= 0:
+        if not (isinstance(self.lr_scale, int | float) and self.lr_scale >= 0):
             raise UserError(f"level {self.name!r}: lr_scale is {self.lr_scale}, must be >= 0")
         object.__setattr__(self, "period", period)
 
@@ -85,14 +87,26 @@ def _parse(level: Level | Mapping[str, Any] | tuple | list | float) -> Level:
         return level
     if isinstance(level, Mapping):
         known = Level.__dataclass_fields__
-        unknown = set(level) - set(known)
-        if unknown:
-            raise UserError(f"level has unknown keys {sorted(unknown)}: known are {list(known)}")
+        for key in level:
+            if key not in known:
+                raise UserError(f"level has the unknown key {key!r}{suggest(str(key), known)}: known are {list(known)}")
+        if "period" not in level:
+            raise UserError(f"level {dict(level)} has no period: give the tokens between two changes")
         return Level(**{"name": _name(level["period"]), **level})
     if isinstance(level, tuple | list):
+        if not 2 <= len(level) <= 4:
+            raise UserError(f"level {level!r} must be (name, period), then hidden_size and lr_scale if wanted")
         return Level(*level)
-    return Level(_name(level), float(level))
+    return Level(_name(level), _number(level))
 
 
 def _name(period: float | str) -> str:
-    return "frozen" if float(period) == math.inf else f"every-{int(float(period))}"
+    number = _number(period)
+    return f"every-{int(number)}" if math.isfinite(number) else "frozen"
+
+
+def _number(period: Any) -> float:
+    try:
+        return float(period)
+    except (TypeError, ValueError):
+        raise UserError(f"level period is {period!r}, must be a number of tokens (or inf for a frozen level)") from None

@@ -25,14 +25,14 @@ class AttentionState(State):
     seen: Tensor
 
     @classmethod
-    def cat(cls, states: Sequence[Any]) -> Any:
+    def _join(cls, states: Sequence[Any]) -> Any:
         """Rows of several states, padded in front to the longest."""
         longest = max(s.key.shape[2] for s in states)
-        padded = [
-            AttentionState(*(F.pad(t, (0, 0, longest - t.shape[2], 0)) for t in (s.key, s.value)), s.seen)
-            for s in states
-        ]
-        return AttentionState(*(torch.cat([getattr(s, f) for s in padded]) for f in ("key", "value", "seen")))
+        key, value = (
+            torch.cat([F.pad(t, (0, 0, longest - t.shape[2], 0)) for t in tensors])
+            for tensors in ([s.key for s in states], [s.value for s in states])
+        )
+        return cls(key, value, torch.cat([s.seen for s in states]))
 
 
 class CausalAttention(nn.Module):
@@ -73,6 +73,7 @@ def _rotate(x: Tensor, positions: Tensor, theta: float) -> Tensor:
     """Rotary embedding, halves convention: x (B, H, T, d), positions (B, T)."""
     half = x.shape[-1] // 2
     frequency = theta ** (-torch.arange(half, dtype=torch.float32, device=x.device) / half)
-    angle = (positions[:, None, :, None].float() * frequency).to(x.dtype)
+    angle = positions[:, None, :, None].float() * frequency  # in float32: a bfloat16 angle is off by whole turns
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin()], dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)

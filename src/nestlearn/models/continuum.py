@@ -14,6 +14,7 @@ a system of n levels has exactly the parameters of one gated MLP of the summed h
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -34,16 +35,10 @@ class Continuum(nn.Module):
     ) -> None:
         super().__init__()
         if connection not in CONNECTIONS:
-            raise UserError(
-                f"connection is {connection!r}, must be one of {list(CONNECTIONS)}{suggest(connection, CONNECTIONS)}"
-            )
+            near = suggest(str(connection), CONNECTIONS)
+            raise UserError(f"connection is {connection!r}, must be one of {list(CONNECTIONS)}{near}")
         self.levels, self.connection, self.eps = tuple(levels), connection, eps
-        hiddens = split_hidden(hidden, levels)
-        if connection == "nested" and len(set(hiddens)) > 1:
-            raise UserError(
-                f"nested levels have the hidden widths {hiddens}: a level restarts from the next slower one, so all must "
-                "be equal; choose an intermediate_size divisible by the number of levels"
-            )
+        hiddens = split_hidden(hidden, levels, connection)
         self.blocks = nn.ModuleDict({level.name: GatedMLP(width, h) for level, h in zip(levels, hiddens, strict=True)})
         self.weights = nn.Parameter(torch.ones(len(levels))) if connection == "independent" else None
 
@@ -52,40 +47,53 @@ class Continuum(nn.Module):
         return self.run(x)[-1]
 
     def run(self, x: Tensor) -> list[Tensor]:
-        """What each level adds (in level order), then the system's output."""
-        added = []
+        """The output of each level's block (in level order), then the system's output."""
+        outputs: list[Tensor] = []
         if self.weights is not None:
-            normed = F.rms_norm(x, x.shape[-1:], eps=self.eps)
-            for weight, block in zip(self.weights, self.blocks.values(), strict=True):
-                added.append(weight * block(normed))
-            return [*added, x + sum(added)]
-        for block in self.blocks.values():
-            added.append(block(F.rms_norm(x, x.shape[-1:], eps=self.eps)))
-            x = x + added[-1]
-        return [*added, x]
+            normed = self._norm(x)
+            for weight, (_, block) in zip(self.weights, self.by_level(), strict=True):
+                outputs.append(block(normed))
+                x = x + weight * outputs[-1]
+            return [*outputs, x]
+        for _, block in self.by_level():
+            outputs.append(block(self._norm(x)))
+            x = x + outputs[-1]
+        return [*outputs, x]
+
+    def by_level(self) -> list[tuple[Level, GatedMLP]]:
+        """Every level with its block, fastest first."""
+        return list(zip(self.levels, cast(list[GatedMLP], list(self.blocks.values())), strict=True))
+
+    def _norm(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, x.shape[-1:], eps=self.eps)
 
     @torch.no_grad()
     def restart(self, fired: set[float]) -> None:
-        """Nested only: after the levels of these periods stepped, every faster level restarts from the next slower one."""
+        """Nested only: after levels of these periods stepped, every faster level restarts from the next slower one."""
         if self.connection != "nested":
             return
         stepped = max((i for i, level in enumerate(self.levels) if level.period in fired), default=0)
+        blocks = [block for _, block in self.by_level()]
         for faster in reversed(range(stepped)):
-            slower = self.blocks[self.levels[faster + 1].name]
-            for ours, theirs in zip(
-                self.blocks[self.levels[faster].name].parameters(), slower.parameters(), strict=True
-            ):
+            for ours, theirs in zip(blocks[faster].parameters(), blocks[faster + 1].parameters(), strict=True):
                 ours.copy_(theirs)
 
 
-def split_hidden(total: int, levels: Sequence[Level]) -> list[int]:
+def split_hidden(total: int, levels: Sequence[Level], connection: str) -> list[int]:
     """Hidden width of each level: its own, or an equal share of what the others leave of ``total``."""
     open_levels = [level for level in levels if level.hidden_size is None]
     left = total - sum(level.hidden_size or 0 for level in levels)
     if (open_levels and left < len(open_levels)) or (not open_levels and left != 0):
         named = {level.name: level.hidden_size for level in levels}
         raise UserError(
-            f"intermediate_size is {total}, but the levels take {named}: it must be the sum over the levels"
+            f"intermediate_size is {total}, but the levels take {named}: it must be the sum over the levels, with "
+            "at least 1 for each level that names none"
         )
     shares = iter([left // len(open_levels) + (i < left % len(open_levels)) for i in range(len(open_levels))])
-    return [next(shares) if level.hidden_size is None else level.hidden_size for level in levels]
+    hiddens = [next(shares) if level.hidden_size is None else level.hidden_size for level in levels]
+    if connection == "nested" and len(set(hiddens)) > 1:
+        raise UserError(
+            f"nested levels have the hidden widths {hiddens}: a level restarts from the next slower one, so all must "
+            "be equal; choose an intermediate_size divisible by the number of levels"
+        )
+    return hiddens

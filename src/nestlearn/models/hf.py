@@ -1,136 +1,49 @@
-"""The Hugging Face seam: configuration, causal language model, and the stream state as a cache. Nothing else."""
+"""The Hugging Face seam: causal language model, and the stream state as a cache. `config.py` is its configuration."""
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
 
 import torch
-from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils.generic import can_return_tuple
 
-from nestlearn.errors import UserError, suggest
-from nestlearn.levels import Level, parse_levels
+from nestlearn.errors import UserError
+from nestlearn.levels import Level
 from nestlearn.memory.deep import InitialWeights
-from nestlearn.memory.self_modifying import ReadOut, SelfModifyingConfig, SelfModifyingMemory
-from nestlearn.models.continuum import CONNECTIONS, Continuum
-from nestlearn.models.hope import (
-    MIXERS,
-    HopeBackbone,
-    HopeState,
-    LevelRow,
-    Shape,
-    Trace,
-    level_table,
-    parameter_levels,
-    trace,
-)
+from nestlearn.memory.self_modifying import ReadOut, SelfModifyingMemory
+from nestlearn.memory.state import State
+from nestlearn.models.config import HopeConfig
+from nestlearn.models.continuum import Continuum
+from nestlearn.models.describe import LevelRow, level_table
+from nestlearn.models.hope import HopeBackbone, HopeState
 from nestlearn.models.memory_layer import CausalConv
 from nestlearn.models.mlp import RMSNorm
-
-# What HOPE's memories start from where the paper is silent; LOG.md has the comparisons behind these values.
-HOPE_MEMORY: dict[str, Any] = {
-    "chunk": 64,
-    "momentum": 0.0,
-    "rate_max": 8.0,
-    "rate_start": 0.5,
-    "retain_start": 0.9999,
-    "slow_rate_scale": 0.02,
-}
+from nestlearn.models.padding import real_spans, run_unpadded
+from nestlearn.models.trace import Trace, trace
 
 
-@strict
-class HopeConfig(PreTrainedConfig):
-    """Shape of a HOPE model; the names are Hugging Face's.
+_ALIGNED = 64  # bytes, of memory that torch allocates
 
-    intermediate_size  summed hidden width of the CMS levels
-    levels             Level objects, dicts, (name, period) pairs or periods in tokens, fastest first
-    connection         "sequential", "nested" or "independent"
-    mixer              "self_modifying" (HOPE), "attention" (Hope-Attention) or "gated_delta"
-    memory             settings of SelfModifyingConfig that differ from the defaults; hidden_width defaults to the head width
-    """
 
-    model_type = "hope"
-    keys_to_ignore_at_inference = ["past_key_values"]
+@dataclass(frozen=True)
+class CachedStream(State):
+    """A cache on disk: the state, and the columns of input_ids that went into it."""
 
-    vocab_size: int = 256
-    hidden_size: int = 128
-    num_hidden_layers: int = 2
-    num_attention_heads: int = 4
-    intermediate_size: int = 384
-    levels: Any = (4096, 16384, 65536)
-    connection: str = "sequential"
-    mixer: str = "self_modifying"
-    memory: Any = None
-    conv_width: int = 4
-    rope_theta: float = 10_000.0
-    rms_norm_eps: float = 1e-6
-    initializer_range: float = 0.02
-    use_cache: bool = True
-    tie_word_embeddings: bool = True
-    pad_token_id: int | None = None
-    bos_token_id: int | None = None
-    eos_token_id: int | list[int] | None = None
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        self.levels = [level.to_dict() for level in parse_levels(self.levels)]
-        self.memory = dict(self.memory or {})
-        self.architectures = ["HopeForCausalLM"]
-        super().__post_init__(**kwargs)
-        self.shape()
-
-    def shape(self) -> Shape:
-        """The network this describes. Raises UserError naming the value, the rule and the fix."""
-        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}, must be at least 1")
-        if self.hidden_size % self.num_attention_heads:
-            raise UserError(
-                f"hidden_size is {self.hidden_size} and num_attention_heads {self.num_attention_heads}: "
-                "hidden_size must be divisible by num_attention_heads"
-            )
-        for name, known in (("mixer", MIXERS), ("connection", CONNECTIONS)):
-            if getattr(self, name) not in known:
-                value = getattr(self, name)
-                raise UserError(f"{name} is {value!r}, must be one of {list(known)}{suggest(value, known)}")
-        return Shape(
-            self.hidden_size,
-            self.num_hidden_layers,
-            self.num_attention_heads,
-            self.intermediate_size,
-            parse_levels(self.levels),
-            self.connection,
-            self.mixer,
-            self.memory_config(),
-            self.conv_width,
-            self.rope_theta,
-            self.rms_norm_eps,
-        )
-
-    def memory_config(self) -> SelfModifyingConfig:
-        """Settings of every layer's self-modifying memory."""
-        known = SelfModifyingConfig.__dataclass_fields__
-        for key in self.memory:
-            if key not in known or key in ("heads", "head_width"):
-                raise UserError(f"memory has the unknown key {key!r}{suggest(key, known)}: known are {sorted(known)}")
-        width = self.hidden_size // self.num_attention_heads
-        return SelfModifyingConfig(
-            **{
-                "head_width": width,
-                "hidden_width": width,
-                "heads": self.num_attention_heads,
-                **HOPE_MEMORY,
-                **self.memory,
-            }
-        )
+    state: HopeState
+    columns: int
 
 
 class HopeCache:
     """The state of a batch of streams, as the object that Hugging Face passes around as ``past_key_values``.
 
-    The state itself is immutable: copy the cache object (or keep ``cache.state``) to fork.
+    The model never changes the cache it is given: its output holds a new one. So one cache may be continued many times.
+    Its size does not depend on the number of tokens read (Hope-Attention excepted).
     """
 
     is_compileable = False
@@ -141,6 +54,10 @@ class HopeCache:
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns of input_ids read so far, padding included."""
         return self.seen
+
+    def fork(self) -> HopeCache:
+        """Another cache with the same state: reordering one leaves the other alone."""
+        return HopeCache(self.state, self.seen)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Continue from the rows of the chosen beams."""
@@ -154,6 +71,20 @@ class HopeCache:
         """Each row ``repeats`` times."""
         self.state = self.state.map(lambda t: t.repeat_interleave(repeats, dim=0))
 
+    def crop(self, max_length: int) -> None:
+        """Refused: a state cannot be rolled back."""
+        raise UserError(f"cannot crop the cache to {max_length} tokens: a state does not roll back, keep a fork")
+
+    def save(self, path: str | Path) -> None:
+        """One safetensors file; `load` gives back equal bits."""
+        CachedStream(self.state, self.seen).save(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read what `save` wrote. UserError for a missing, truncated or foreign file."""
+        stream = CachedStream.load(path)
+        return cls(stream.state, stream.columns)
+
 
 class HopePreTrainedModel(PreTrainedModel):
     """Initialisation and loading shared by HOPE models."""
@@ -162,14 +93,32 @@ class HopePreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["HopeBlock"]
-    _is_stateful = True
+    _is_stateful = True  # generate() then refuses assisted decoding, which would have to take tokens back
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As Hugging Face does, then bit-equal to what was saved.
+
+        Weights mapped from a file lie at any multiple of 8 bytes, where a matrix product may round otherwise than on
+        memory of torch's own; so they move there.
+        """
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        for parameter in model.parameters():
+            if parameter.device.type == "cpu" and parameter.data_ptr() % _ALIGNED:
+                parameter.data = parameter.data.clone()
+        return loaded
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
-        elif isinstance(module, CausalConv | InitialWeights | ReadOut):
+        elif isinstance(module, InitialWeights | ReadOut):
             module.reset_parameters()
+        elif isinstance(module, CausalConv):
+            # Hugging Face protects loaded weights from the functions of nn.init only; this one also adds.
+            if not getattr(module.weight, "_is_hf_initialized", False):
+                module.reset_parameters()
         elif isinstance(module, SelfModifyingMemory):
             module.reset_scales()
         elif isinstance(module, RMSNorm):
@@ -197,6 +146,7 @@ class HopeForCausalLM(HopePreTrainedModel, GenerationMixin):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.embedding = value
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -205,23 +155,85 @@ class HopeForCausalLM(HopePreTrainedModel, GenerationMixin):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Like any causal LM: input_ids (B, T), labels as input_ids (shifted inside, −100 ignored)."""
+        """Like any causal LM: input_ids (B, T), labels as input_ids (shifted inside, −100 ignored).
+
+        attention_mask  (B, T) or (B, past + T), zeros at padding, which never enters a state: rows run without it and
+                        their logits are zero there. Right padding costs nothing where no cache is wanted, since no
+                        real token sees it; the logits there are then arbitrary
+        use_cache       None: the config's choice, but False for labels with a mask (a padded training batch)
+        """
+        self._refuse_unsupported(kwargs)
+        if (input_ids is None) == (inputs_embeds is None):
+            raise UserError("give either input_ids or inputs_embeds, not both and not neither")
         x = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
-        use_cache = self.config.use_cache if use_cache is None else use_cache
-        checkpointing = self.gradient_checkpointing and self.training
-        state = None if past_key_values is None else past_key_values.state
-        hidden, state = self.model(x, state, checkpointing=checkpointing)
+        _check_inputs(x, past_key_values, len(self.model.blocks))
+        if use_cache is None:
+            use_cache = self.config.use_cache and (labels is None or attention_mask is None)
+        every = bool(output_hidden_states)
+        hidden_states, state = self._run(x, past_key_values, attention_mask, exact=bool(use_cache), every=every)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(hidden[:, keep])
+        logits = self.lm_head(hidden_states[-1][:, keep])
         loss = None
         if labels is not None:
+            labels = _after_real(labels, attention_mask)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         seen = x.shape[1] + (0 if past_key_values is None else past_key_values.seen)
-        cache = HopeCache(state, seen) if use_cache else None
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)  # pyright: ignore
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=HopeCache(state, seen) if use_cache else None,  # pyright: ignore[reportArgumentType]
+            hidden_states=hidden_states if every else None,
+        )
+
+    def _run(
+        self, x: Tensor, past: HopeCache | None, mask: Tensor | None, *, exact: bool, every: bool
+    ) -> tuple[tuple[Tensor, ...], HopeState]:
+        """Hidden states (B, T, width), the last one or ``every`` one, and the state after x.
+
+        exact  keep right padding out of the state, which is then wanted
+        """
+        checkpointing = self.gradient_checkpointing and self.training
+
+        def run(x: Tensor, state: HopeState | None) -> tuple[tuple[Tensor, ...], HopeState]:
+            inputs: list[Tensor] | None = [] if every else None
+            hidden, after = self.model(x, state, checkpointing=checkpointing, inputs=inputs)
+            return (*(inputs or ()), hidden), after
+
+        state = None if past is None else past.state
+        if mask is None:
+            return run(x, state)
+        spans = real_spans(_new_columns(mask, x))
+        if not exact:
+            spans = [(begin, x.shape[1]) for begin, _ in spans]
+        return run_unpadded(run, x, state, spans)
+
+    @staticmethod
+    def _refuse_unsupported(kwargs: dict[str, Any]) -> None:
+        if kwargs.get("position_ids") is not None:
+            raise UserError("position_ids are given, but HOPE reads its stream in order: leave them out")
+        if kwargs.get("output_attentions"):
+            raise UserError("output_attentions is True: HOPE has no attention weights; see model.trace for what it has")
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As Hugging Face does, refusing what would be silently wrong."""
+        mask = kwargs.get("attention_mask")
+        if mask is not None and mask.dim() == 2 and not bool((mask[:, -1] != 0).all()):
+            raise UserError("attention_mask ends in zeros, but generation goes on after the end: pad on the left")
+        if kwargs.get("past_key_values") is not None and kwargs.get("use_cache") is False:
+            raise UserError("past_key_values is given with use_cache=False: generating from it needs use_cache=True")
+        return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)  # pyright: ignore
+
+    def _expand_inputs_for_generation(self, expand_size: int = 1, **kwargs: Any) -> Any:  # pyright: ignore
+        """As Hugging Face does, and the user's state too: one copy of each row per beam or returned sequence."""
+        cache = kwargs.get("past_key_values")
+        if expand_size > 1 and isinstance(cache, HopeCache):
+            kwargs["past_key_values"] = cache.fork()
+            kwargs["past_key_values"].batch_repeat_interleave(expand_size)
+        return super()._expand_inputs_for_generation(expand_size=expand_size, **kwargs)  # pyright: ignore
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
@@ -229,7 +241,7 @@ class HopeForCausalLM(HopePreTrainedModel, GenerationMixin):
 
     def parameter_levels(self) -> dict[str, Level]:
         """The level of every parameter that belongs to one, by full name; all others change at every step."""
-        levels = parameter_levels(self.model)
+        levels = self.model.parameter_levels()
         return {name: levels[p] for name, p in self.named_parameters() if p in levels}
 
     def parameter_periods(self) -> dict[str, float]:
@@ -251,13 +263,52 @@ class HopeForCausalLM(HopePreTrainedModel, GenerationMixin):
         return level_table(self, self.model)
 
     def trace(self, input_ids: Tensor) -> Trace:
-        """Read one passage (1, T) and record every level's surprise, rates and norms."""
+        """Read one passage (1, T), T >= 2, and record every level's surprise, rates and norms."""
+        if input_ids.dim() != 2 or input_ids.shape[0] != 1 or input_ids.shape[1] < 2:
+            raise UserError(f"input_ids has the shape {tuple(input_ids.shape)}, must be (1, T) with T >= 2")
 
         def score(hidden: Tensor) -> Tensor:
             return F.cross_entropy(self.lm_head(hidden[0, :-1]).float(), input_ids[0, 1:], reduction="none")
 
         with torch.enable_grad():
             return trace(self.model, self.embedding(input_ids), score)
+
+
+def _check_inputs(x: Tensor, past: HopeCache | None, layers: int) -> None:
+    """x (B, T, width) and the cache it is to continue."""
+    if x.dim() != 3 or x.shape[1] < 1:
+        raise UserError(
+            f"the input has the shape {tuple(x.shape[:2])}, must be (batch, tokens) with at least one token; "
+            "generate() with past_key_values wants all token ids so far, or the new ones and an attention_mask over all"
+        )
+    if past is None:
+        return
+    if not isinstance(past, HopeCache):
+        raise UserError(f"past_key_values is a {type(past).__name__}, must be the HopeCache that this model returned")
+    rows = next(past.state.tensors()).shape[0]
+    if rows != x.shape[0] or len(past.state.layers) != layers:
+        raise UserError(
+            f"past_key_values holds {rows} streams in {len(past.state.layers)} layers, but the input has {x.shape[0]} "
+            f"rows and the model {layers} layers: pass the cache of these very streams"
+        )
+
+
+def _new_columns(mask: Tensor, x: Tensor) -> Tensor:
+    """The part (B, T) of an attention mask that speaks of x (B, T, width)."""
+    if mask.dim() != 2 or mask.shape[0] != x.shape[0] or mask.shape[1] < x.shape[1]:
+        raise UserError(
+            f"attention_mask has the shape {tuple(mask.shape)}, must be (batch, past + new tokens): {x.shape[0]} rows "
+            f"and at least {x.shape[1]} columns"
+        )
+    return mask[:, -x.shape[1] :]
+
+
+def _after_real(labels: Tensor, mask: Tensor | None) -> Tensor:
+    """Labels without those that only padding could predict: the first token of a row padded on the left."""
+    if mask is None:
+        return labels
+    before = mask[:, -labels.shape[1] :][:, :-1] == 0
+    return labels.masked_fill(F.pad(before, (1, 0), value=False), -100)
 
 
 AutoConfig.register("hope", HopeConfig)

@@ -53,9 +53,10 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        saved = ctx.saved_tensors  # once: under activation checkpointing each reading recomputes
         held = len(ctx.pieces) * ctx.carried
-        kept, inputs = ctx.saved_tensors[:held], ctx.saved_tensors[held : held + ctx.given]
-        constants = ctx.saved_tensors[held + ctx.given :]
+        kept, inputs = saved[:held], saved[held : held + ctx.given]
+        constants = saved[held + ctx.given :]
         grad_output, grad_carry = grads[0], tuple(grads[1:])
         grad_inputs = tuple(torch.zeros_like(t) for t in inputs)
         grad_constants = tuple(torch.zeros_like(t) for t in constants)

@@ -1,0 +1,74 @@
+"""The table of levels: every component of a model with its period, objective, context, parameters and rule."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from torch import nn
+
+from nestlearn.models.hope import HopeBackbone
+from nestlearn.models.memory_layer import SelfModifyingLayer
+
+
+class LevelRow(NamedTuple):
+    """One line of the table of levels: what changes, how often (tokens), by which objective, from which context."""
+
+    component: str
+    period: float
+    objective: str
+    context: str
+    parameters: int
+    rule: str
+
+
+def level_table(model: nn.Module, backbone: HopeBackbone) -> list[LevelRow]:
+    """Every component of a model, fastest first; parameters are counted over all layers and add up to the whole.
+
+    A period of NaN means every optimizer step, whose length in tokens the model does not know.
+    """
+    fast, slow = _mixer_rows(backbone), _cms_rows(backbone)
+    rest = count(model) - sum(row.parameters for row in (*fast, *slow))
+    other = LevelRow("projections, embedding, norms", math.nan, "next-token loss", "training tokens", rest, "gradient")
+    return [*fast, other, *slow]
+
+
+def count(module: nn.Module) -> int:
+    """Number of parameters, shared ones once."""
+    return sum(p.numel() for p in module.parameters())
+
+
+def _mixer_rows(backbone: HopeBackbone) -> list[LevelRow]:
+    if backbone.shape.mixer == "self_modifying":
+        return _memory_rows(backbone)
+    if backbone.shape.mixer == "attention":
+        regression = "Nadaraya–Watson regression"
+        return [LevelRow("attention (non-parametric)", 1, regression, "all tokens so far", 0, "softmax")]
+    return [LevelRow("matrix memory", 1, "½‖S k − v‖²", "tokens of the stream", 0, "gated delta rule")]
+
+
+def _memory_rows(backbone: HopeBackbone) -> list[LevelRow]:
+    c = backbone.shape.memory
+    objective = "−⟨M(k), v̂⟩" if c.objective == "dot" else "½‖M(k) − v̂‖²"
+    rule = ("DGD" if c.dgd else "gradient descent") + (f", momentum {c.momentum}" if c.momentum else "")
+    mixers = [block.mixer for block in backbone.layers if isinstance(block.mixer, SelfModifyingLayer)]
+    rows = []
+    for name in reversed(c.names):
+        label, period = ("memory", 1) if name == "memory" else (f"M_{name}", c.chunk)
+        size = sum(count(mixer.memory.initial[name]) for mixer in mixers)
+        if name in c.written:
+            rows.append(LevelRow(label, period, objective, "tokens of the stream", size, rule))
+        else:
+            rows.append(LevelRow(label, math.inf, "none in context", "none", size, "static"))
+    return rows
+
+
+def _cms_rows(backbone: HopeBackbone) -> list[LevelRow]:
+    sizes = dict.fromkeys(backbone.shape.levels, 0)
+    for block in backbone.layers:
+        for level, mlp in block.cms.by_level():
+            sizes[level] += count(mlp)
+    return [
+        LevelRow(f"CMS {level.name}", level.period, "next-token loss", "training tokens", size, "gradient")
+        for level, size in sizes.items()
+    ]
