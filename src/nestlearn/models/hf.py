@@ -27,7 +27,6 @@ from nestlearn.models.mlp import RMSNorm
 from nestlearn.models.padding import real_spans, run_unpadded
 from nestlearn.models.trace import Trace, trace
 
-
 _ALIGNED = 64  # bytes, of memory that torch allocates
 
 
@@ -119,8 +118,11 @@ class HopePreTrainedModel(PreTrainedModel):
             # Hugging Face protects loaded weights from the functions of nn.init only; this one also adds.
             if not getattr(module.weight, "_is_hf_initialized", False):
                 module.reset_parameters()
-        elif isinstance(module, SelfModifyingMemory):
-            module.reset_scales()
+        elif isinstance(module, nn.ParameterDict):
+            # Hugging Face visits the modules that hold a parameter themselves, not their owners.
+            for owner in self.modules():
+                if isinstance(owner, SelfModifyingMemory) and owner.rate_scale is module:
+                    owner.reset_scales()
         elif isinstance(module, RMSNorm):
             nn.init.ones_(module.weight)
         elif isinstance(module, Continuum) and module.weights is not None:
@@ -218,14 +220,18 @@ class HopeForCausalLM(HopePreTrainedModel, GenerationMixin):
         if kwargs.get("output_attentions"):
             raise UserError("output_attentions is True: HOPE has no attention weights; see model.trace for what it has")
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, *args: Any, inputs_embeds: Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
         """As Hugging Face does, refusing what would be silently wrong."""
         mask = kwargs.get("attention_mask")
         if mask is not None and mask.dim() == 2 and not bool((mask[:, -1] != 0).all()):
             raise UserError("attention_mask ends in zeros, but generation goes on after the end: pad on the left")
         if kwargs.get("past_key_values") is not None and kwargs.get("use_cache") is False:
             raise UserError("past_key_values is given with use_cache=False: generating from it needs use_cache=True")
-        return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)  # pyright: ignore
+        return super().prepare_inputs_for_generation(  # pyright: ignore
+            input_ids, *args, inputs_embeds=inputs_embeds, **kwargs
+        )
 
     def _expand_inputs_for_generation(self, expand_size: int = 1, **kwargs: Any) -> Any:  # pyright: ignore
         """As Hugging Face does, and the user's state too: one copy of each row per beam or returned sequence."""
