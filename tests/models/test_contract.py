@@ -21,7 +21,7 @@ SMALL: dict[str, Any] = {
 VARIANTS: dict[str, dict[str, Any]] = {
     "16-4": {"memory": {"chunk": 16, "memory_chunk": 4}},
     "16-16": {"memory": {"chunk": 16}},
-    "8-1, momentum": {"memory": {"chunk": 8, "memory_chunk": 1, "momentum": 0.6, "rate_max": 2.0}},
+    "8-2, momentum": {"memory": {"chunk": 8, "memory_chunk": 2, "momentum": 0.6, "rate_max": 2.0}},
     "l2, descent, towards initial": {
         "memory": {
             "chunk": 16,

@@ -86,3 +86,10 @@ def test_the_trace_wants_one_passage():
     for shape in ((2, 10), (1, 1)):
         with pytest.raises(UserError, match=r"must be \(1, T\)"):
             model.trace(torch.zeros(shape, dtype=torch.long))
+
+
+@pytest.mark.parametrize("connection", ["sequential", "nested", "independent"])
+def test_the_levels_together_have_the_parameters_of_one_mlp(connection):
+    model = HopeForCausalLM(HopeConfig(**{**SMALL, "connection": connection}))
+    levels = [row.parameters for row in model.level_table() if row.component.startswith("CMS")]
+    assert sum(levels) == 2 * 3 * SMALL["hidden_size"] * SMALL["intermediate_size"]
