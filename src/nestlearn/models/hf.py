@@ -198,11 +198,12 @@ class HopeForCausalLM(HopePreTrainedModel, GenerationMixin):
 
         exact  keep right padding out of the state, which is then wanted
         """
-        checkpointing = self.gradient_checkpointing and self.training
+        recompute = self.gradient_checkpointing and self.training
+        checkpoint = self._gradient_checkpointing_func if recompute else None
 
         def run(x: Tensor, state: HopeState | None) -> tuple[tuple[Tensor, ...], HopeState]:
             inputs: list[Tensor] | None = [] if every else None
-            hidden, after = self.model(x, state, checkpointing=checkpointing, inputs=inputs)
+            hidden, after = self.model(x, state, checkpoint=checkpoint, inputs=inputs)
             return (*(inputs or ()), hidden), after
 
         state = None if past is None else past.state

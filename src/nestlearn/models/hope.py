@@ -10,10 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from nestlearn.levels import Level
 from nestlearn.memory.self_modifying import SelfModifyingConfig
@@ -90,23 +89,20 @@ class HopeBackbone(nn.Module):
         x: Tensor,
         state: HopeState | None = None,
         *,
-        checkpointing: bool = False,
+        checkpoint: Callable[..., Any] | None = None,
         inputs: list[Tensor] | None = None,
     ) -> tuple[Tensor, HopeState]:
         """x (B, T, width) to the normalised output and the state after it.
 
-        checkpointing  recompute each block in the backward pass
-        inputs         a list to collect what each block reads
+        checkpoint  calls a block so that the backward pass recomputes it: `torch.utils.checkpoint.checkpoint`
+        inputs      a list to collect what each block reads
         """
         states: list[State] = []
         for number, block in enumerate(self.layers):
             if inputs is not None:
                 inputs.append(x)
             before = None if state is None else state.layers[number]
-            if checkpointing:
-                x, after = cast(tuple[Tensor, State], checkpoint(block, x, before, use_reentrant=False))
-            else:
-                x, after = block(x, before)
+            x, after = block(x, before) if checkpoint is None else checkpoint(block, x, before)
             states.append(after)
         return self.norm(x), HopeState(tuple(states))
 
