@@ -19,12 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from nestlearn.errors import UserError, suggest
-from nestlearn.ops.dgd_chunk import Decays, Write, chunk_end, chunk_read, chunk_write, dgd_gain
+from nestlearn.ops.dgd_chunk import Decays, Write, chunk_end, chunk_read, chunk_share, chunk_write, dgd_gain
+from nestlearn.ops.dgd_fused import fused_write
+from nestlearn.ops.pointwise import l2norm, silu_and_slope
 
 OBJECTIVES = ("dot", "l2")
 TARGET_NORMS = ("l2", "none")
 RETAIN_TO = ("zero", "initial")
-_EPS = 1e-6
 
 
 class Weights(NamedTuple):
@@ -57,14 +58,16 @@ class WriteRule:
     retain_to      where retention pulls: "zero" (the letter) or "initial", the weights before the stream
     target_norm    "l2" normalises v̂ (bounded); "none" is the letter
     detach_writes  stop-gradient inner loop: outer gradients reach the initial weights only
+    fused          hand-written backward of the writes: the same gradients, faster, first derivatives only
     """
 
     objective: str = "dot"
-    momentum: float = 0.9
+    momentum: float = 0.0
     dgd: bool = True
     retain_to: str = "zero"
     target_norm: str = "l2"
     detach_writes: bool = False
+    fused: bool = True
 
     def __post_init__(self) -> None:
         for name, known in (("objective", OBJECTIVES), ("retain_to", RETAIN_TO), ("target_norm", TARGET_NORMS)):
@@ -73,11 +76,6 @@ class WriteRule:
                 raise UserError(f"{name} is {value!r}, must be one of {list(known)}{suggest(str(value), known)}")
         if not 0 <= self.momentum < 1:
             raise UserError(f"momentum is {self.momentum}, must be in [0, 1)")
-
-
-def l2norm(z: Tensor) -> Tensor:
-    """z / sqrt(‖z‖² + 1e-6) over the last dimension."""
-    return z * torch.rsqrt(z.square().sum(-1, keepdim=True) + _EPS)
 
 
 def deep_forward(weights: Weights, z: Tensor) -> Tensor:
@@ -112,13 +110,12 @@ def deep_chunk(
     start = live.weights if start is None else start
     target = deep_forward(start, value)
     if rule.target_norm == "l2":
-        target = l2norm(target)
+        target = l2norm(target, fused=rule.fused)
     z = key @ start.w2.mT
-    gate = torch.sigmoid(z)
-    hidden = z * gate
+    hidden, slope = silu_and_slope(z, fused=rule.fused)
     image = hidden @ start.w1.mT if whole or rule.objective == "l2" else None
     error = -target if rule.objective == "dot" else key + image - target
-    error2 = (error @ start.w1) * (gate + hidden * (1 - gate))  # σ'(z) = s + z s (1 − s)
+    error2 = (error @ start.w1) * slope
 
     anchor = initial if rule.retain_to == "initial" else None
     write1 = _write(hidden, error, rate, live.w1, live.m1, decays, rule, image if whole else None, anchor and anchor.w1)
@@ -144,16 +141,16 @@ def _write(
 ) -> Write:
     """One layer's DGD writes over the chunk."""
     gain = dgd_gain(inputs, rate)
-    write = chunk_write(
-        inputs,
-        -gain[..., None] * error,
-        gain,
-        inputs @ state.mT if carried is None else carried,
-        inputs @ momentum.mT if rule.momentum else None,
-        decays,
-        erase=rule.dgd,
-        anchored=None if anchor is None else inputs @ anchor.mT,
-    )
+    carried = inputs @ state.mT if carried is None else carried
+    carried_momentum = inputs @ momentum.mT if rule.momentum else None
+    anchored = None if anchor is None else inputs @ anchor.mT
+    if rule.fused and rule.dgd:
+        write = fused_write(inputs, error, gain, chunk_share(carried, carried_momentum, anchored, decays), decays)
+    else:
+        updates = -gain[..., None] * error
+        write = chunk_write(
+            inputs, updates, gain, carried, carried_momentum, decays, erase=rule.dgd, anchored=anchored
+        )
     return Write(*(t if t is None else t.detach() for t in write)) if rule.detach_writes else write
 
 

@@ -15,7 +15,7 @@ Letters: B batch, T tokens, H heads, d head width, h hidden width, M memories.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -23,9 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from nestlearn.errors import UserError, suggest
-from nestlearn.memory.deep import Fast, InitialWeights, Weights, WriteRule, deep_chunk, deep_forward, l2norm
+from nestlearn.memory.deep import Fast, InitialWeights, Weights, WriteRule, deep_chunk, deep_forward
 from nestlearn.memory.stream import FastState, run_stream
 from nestlearn.ops.dgd_chunk import chunk_decays
+from nestlearn.ops.pointwise import l2norm
 from nestlearn.ops.scan import Tensors
 
 SLOW = ("k", "v", "eta", "alpha")
@@ -102,8 +103,18 @@ class SelfModifyingConfig:
     def rule(self) -> WriteRule:
         """How every memory writes."""
         return WriteRule(
-            self.objective, self.momentum, self.dgd, self.retain_to, self.target_norm, detach_writes=self.detach_writes
+            self.objective,
+            self.momentum,
+            self.dgd,
+            self.retain_to,
+            self.target_norm,
+            detach_writes=self.detach_writes,
         )
+
+    @property
+    def constant(self) -> bool:
+        """Whether no memory can ever change: rate 0, and nothing fades."""
+        return self.rate_max == 0 and not self.retention
 
     @property
     def written(self) -> tuple[str, ...]:
@@ -229,6 +240,8 @@ class SelfModifyingMemory(nn.Module):
         value_input = x if value_input is None else value_input
         self._check(x, query, value_input, state)
         initial = self.initial_weights(dtype)
+        if c.constant and record is None:
+            return self._read_constant(x, query, state or FastState.fresh(initial, x.shape[0], c.names))
         scales = torch.stack([self.rate_scale[n] for n in c.written]).abs()
         reads = (self.rate_read.weight, self.rate_read.bias, self.retain_read.weight, self.retain_read.bias)
         periods = torch.tensor([c.chunk] * (len(c.names) - 1) + [c.memory_length], device=x.device)
@@ -243,6 +256,14 @@ class SelfModifyingMemory(nn.Module):
             recompute=c.recompute and record is None,
         )
         return y.transpose(1, 2).to(x.dtype), state
+
+    def _read_constant(self, x: Tensor, query: Tensor, state: FastState) -> tuple[Tensor, FastState]:
+        """A memory that can never change is one product: y = M_memory(q), only the count of tokens moves."""
+        asked = query.transpose(1, 2).to(state.w1.dtype)
+        if "q" in self.config.names:
+            asked = l2norm(deep_forward(state.weights["q"], asked))
+        y = deep_forward(state.weights["memory"], asked)
+        return y.transpose(1, 2).to(x.dtype), replace(state, seen=state.seen + x.shape[1])
 
     def _check(self, x: Tensor, query: Tensor, value_input: Tensor, state: FastState | None) -> None:
         c = self.config
@@ -300,9 +321,9 @@ class SelfModifyingMemory(nn.Module):
         logit = (made["alpha"] @ retain_weight).squeeze(-1) + retain_bias
         log_retain = nn.functional.logsigmoid(logit).clamp_min(_LOG_FLOOR)
         return Gates(
-            l2norm(made["k"]),
+            l2norm(made["k"], fused=self.config.recompute),
             made["v"],
-            l2norm(made["q"]) if "q" in made else query[:, None],
+            l2norm(made["q"], fused=self.config.recompute) if "q" in made else query[:, None],
             rate,
             log_retain if self.config.retention else torch.zeros_like(log_retain),
         )
@@ -337,7 +358,7 @@ class SelfModifyingMemory(nn.Module):
                 piece.value,
                 piece.rate * scales,
                 chunk_decays(piece.log_retain, self.config.momentum),
-                self.config.rule,
+                replace(self.config.rule, fused=self.config.recompute and not observe),
                 initial=initial,
                 query=piece.query if span.stop is None else None,
                 surprise=surprise,

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nestlearn.memory.deep import l2norm
 from nestlearn.memory.linear import LinearConfig, LinearMemory
 from nestlearn.memory.self_modifying import ReadOut, SelfModifyingConfig, SelfModifyingMemory, Signals
 from nestlearn.memory.state import State
 from nestlearn.models.mlp import RMSNorm
+from nestlearn.ops.pointwise import l2norm
 
 
 @dataclass(frozen=True)

@@ -133,7 +133,7 @@ class Decays(NamedTuple):
     leak_end: Tensor | None
     moment: Tensor
     moment_end: Tensor
-    power_end: Tensor | None
+    power_end: Tensor
     mu_end: float
 
 
@@ -145,9 +145,9 @@ def chunk_decays(log_retain: Tensor, mu: float) -> Decays:
     ratio = _ratios(torch.cat([before, after[..., -1:]], dim=-1), after)  # R' with R[C,:] as its last row
     kept, kept_end = before.exp()[..., None], after[..., -1:].exp()[..., None]
     retain, retain_end = ratio[..., :-1, :], ratio[..., -1, :, None]
-    if mu == 0:
-        return Decays(kept, kept_end, retain, retain_end, None, None, retain, retain_end, None, 0.0)
     power, first, power_end = _powers(size, mu, log_retain.device, log_retain.dtype)
+    if mu == 0:
+        return Decays(kept, kept_end, retain, retain_end, None, None, retain, retain_end, power_end, 0.0)
     moment, leak = ratio @ power, ratio @ first
     return Decays(
         kept, kept_end, retain, retain_end,
@@ -173,11 +173,16 @@ def _powers(size: int, mu: float, device: torch.device, dtype: torch.dtype) -> t
 
 
 class Write(NamedTuple):
-    """One chunk's writes, solved: inputs X, updates U, and E = diag(gain) P (None without the gain · x xᵀ term)."""
+    """One chunk's writes, solved: inputs X, updates U, E = diag(gain) P (None without the gain · x xᵀ term).
+
+    added, added_momentum  Σ_r (W[C,r] u_r − R[C,r] e_r) x_rᵀ and Σ_r μ^(C−r) u_r x_rᵀ, what the chunk adds to S and m
+    """
 
     inputs: Tensor
     updates: Tensor
     erased: Tensor | None
+    added: Tensor
+    added_momentum: Tensor
 
 
 def chunk_write(
@@ -189,22 +194,23 @@ def chunk_write(
     decays: Decays,
     *,
     erase: bool = True,
-    products: Tensor | None = None,
     anchored: Tensor | None = None,
 ) -> Write:
     """Solve for what each token's write erases.
 
-    carried           X S₀ᵀ (…, C, out);  carried_momentum  X m₀ᵀ, not needed at μ = 0
-    erase             False drops the gain · x xᵀ term
-    products          X Xᵀ where the caller has it already;  anchored  X Aᵀ, retention towards A
+    carried   X S₀ᵀ (…, C, out);  carried_momentum  X m₀ᵀ, not needed at μ = 0
+    erase     False drops the gain · x xᵀ term
+    anchored  X Aᵀ, retention towards A
     """
-    if not erase:
-        return Write(inputs, updates, None)
-    products = inputs @ inputs.mT if products is None else products
-    right = _share(carried, carried_momentum, anchored, decays) + (products * decays.moment) @ updates
-    system = (products * decays.retain) * gain[..., None, :]
-    solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
-    return Write(inputs, updates, gain[..., None] * solved)
+    share = chunk_share(carried, carried_momentum, anchored, decays)
+    erased, left = None, decays.moment_end * updates
+    if erase:
+        products = inputs @ inputs.mT
+        right = share + (products * decays.moment) @ updates
+        system = (products * decays.retain) * gain[..., None, :]
+        erased = gain[..., None] * torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
+        left = left - decays.retain_end * erased
+    return Write(inputs, updates, erased, left.mT @ inputs, (decays.power_end * updates).mT @ inputs)
 
 
 def chunk_read(
@@ -218,7 +224,7 @@ def chunk_read(
 ) -> Tensor:
     """What each query (…, C, in) reads before its own token's write: (…, C, out)."""
     products = query @ write.inputs.mT
-    read = _share(carried, carried_momentum, anchored, decays)
+    read = chunk_share(carried, carried_momentum, anchored, decays)
     if write.erased is None:
         return read + (products * decays.moment) @ write.updates
     if decays.leak is None:  # μ = 0: both sums share R'
@@ -230,22 +236,18 @@ def chunk_end(
     write: Write, state: Tensor, momentum: Tensor, decays: Decays, *, anchor: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """The map and its momentum after the chunk."""
-    left = decays.moment_end * write.updates
-    if write.erased is not None:
-        left = left - decays.retain_end * write.erased
-    end = decays.kept_end * state + left.mT @ write.inputs
+    end = torch.addcmul(write.added, decays.kept_end, state)
     if anchor is not None:
         end = end + (1 - decays.kept_end) * anchor
-    if decays.leak_end is None:  # μ = 0: the momentum is the last token's update
-        return end, write.updates[..., -1, :, None] * write.inputs[..., -1, None, :]
-    end = end + decays.leak_end * momentum
-    momentum = decays.mu_end * momentum + (decays.power_end * write.updates).mT @ write.inputs
-    return end, momentum
+    if decays.leak_end is None:
+        return end, write.added_momentum
+    return torch.addcmul(end, decays.leak_end, momentum), write.added_momentum + decays.mu_end * momentum
 
 
-def _share(carried: Tensor, momentum: Tensor | None, anchored: Tensor | None, decays: Decays) -> Tensor:
+def chunk_share(carried: Tensor, momentum: Tensor | None, anchored: Tensor | None, decays: Decays) -> Tensor:
     """γ' (X S₀ᵀ) + (1 − γ') (X Aᵀ) + w0' (X m₀ᵀ)."""
-    share = decays.kept * carried
-    if anchored is not None:
-        share = share + (1 - decays.kept) * anchored
-    return share if decays.leak is None else share + decays.leak * momentum
+    if anchored is None:
+        share = decays.kept * carried
+    else:
+        share = torch.addcmul(anchored, decays.kept, carried - anchored)
+    return share if decays.leak is None or momentum is None else torch.addcmul(share, decays.leak, momentum)
