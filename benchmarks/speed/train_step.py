@@ -4,8 +4,8 @@
     python benchmarks/speed/train_step.py --lengths 512 --threads 2 --repeats 3 --no-decode
 
 Width 256, 4 layers, batch 4, float32, byte vocabulary; HOPE with all five memories adapting and momentum on. A step is
-forward, backward and AdamW. Every figure is the median over the repeats, the models taking turns within each; peak memory
-is what a fresh process needs beyond the loaded model. Writes JSON with ``--out``.
+forward, backward and AdamW. Every figure is the median over the repeats, the models taking turns within each; peak
+memory is what a fresh process needs beyond the loaded model. Writes JSON with ``--out``.
 """
 
 from __future__ import annotations
@@ -181,7 +181,8 @@ def main() -> None:
         measure_peak(args.peak, args.lengths[0], args.threads[0])
         return
     sizes = {name: parameters(make()) for name, make in MODELS.items()}
-    print(json.dumps({"parameters": sizes, "torch": torch.__version__, "machine": platform.processor() or platform.machine()}))
+    machine = platform.processor() or platform.machine()
+    print(json.dumps({"parameters": sizes, "torch": torch.__version__, "machine": machine}))
     result = {"parameters": sizes, "train": train_table(args.lengths, args.threads, args.repeats)}
     if args.decode:
         result["decode"] = decode_table([256, 4096], 64, max(args.threads), args.repeats)

@@ -235,6 +235,14 @@ def test_a_memory_that_does_not_adapt_stays_its_initial_state():
         ({"target_norm": "l1"}, "target_norm is 'l1'"),
         ({"retain_to": "start"}, "retain_to is 'start'"),
         ({"adaptive": ("key",)}, "adaptive names 'key'"),
+        ({"adaptive": "eta"}, "must be a list of names"),
+        ({"adaptive": None}, "adaptive is None"),
+        ({"rate_max": float("inf")}, "rate_max is inf"),
+        ({"rate_max": "high"}, "rate_max is 'high', must be a number"),
+        ({"chunk": 2.5}, "chunk is 2.5, must be a whole number"),
+        ({"w1_scale": float("nan")}, "w1_scale is nan"),
+        ({"retain_start": 1.0}, "retain_start is 1.0"),
+        ({"dgd": "no"}, "dgd is 'no', must be True or False"),
     ],
 )
 def test_bad_configurations_are_named(settings, words):

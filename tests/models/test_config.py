@@ -22,7 +22,7 @@ WRONG = [
     ({"memory": {"heads": 3}}, "unknown key 'heads'"),
     ({"memory": {"chunk": 10, "memory_chunk": 4}}, "chunk must be a multiple of memory_chunk"),
     ({"memory": {"chunk": 2.5}}, "is 2.5"),
-    ({"memory": {"momentum": "much"}}, "wrong type"),
+    ({"memory": {"momentum": "much"}}, "momentum is 'much', must be a number"),
     ({"memory": {"objective": "l3"}}, "objective is 'l3'"),
     ({"levels": []}, "levels is empty"),
     ({"levels": "4096"}, "levels is '4096'"),

@@ -13,7 +13,7 @@ Letters: B batch, G memories, H heads, C tokens of a chunk, d head width, h hidd
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,14 @@ class Fast(NamedTuple):
     @property
     def weights(self) -> Weights:
         return Weights(self.w1, self.w2)
+
+
+Stack = TypeVar("Stack", Weights, Fast)
+
+
+def select(stack: Stack, span: slice) -> Stack:
+    """The memories of ``span`` from a stack (B, M, …)."""
+    return type(stack)(*(w[:, span] for w in stack))
 
 
 @dataclass(frozen=True)
@@ -114,7 +122,7 @@ def deep_chunk(
     z = key @ start.w2.mT
     hidden, slope = silu_and_slope(z, fused=rule.fused)
     image = hidden @ start.w1.mT if whole or rule.objective == "l2" else None
-    error = -target if rule.objective == "dot" else key + image - target
+    error = -target if image is None or rule.objective == "dot" else key + image - target
     error2 = (error @ start.w1) * slope
 
     anchor = initial if rule.retain_to == "initial" else None
@@ -148,10 +156,8 @@ def _write(
         write = fused_write(inputs, error, gain, chunk_share(carried, carried_momentum, anchored, decays), decays)
     else:
         updates = -gain[..., None] * error
-        write = chunk_write(
-            inputs, updates, gain, carried, carried_momentum, decays, erase=rule.dgd, anchored=anchored
-        )
-    return Write(*(t if t is None else t.detach() for t in write)) if rule.detach_writes else write
+        write = chunk_write(inputs, updates, gain, carried, carried_momentum, decays, erase=rule.dgd, anchored=anchored)
+    return write.map(Tensor.detach) if rule.detach_writes else write
 
 
 def _read_last(
@@ -160,7 +166,7 @@ def _read_last(
     """y = q + w1 σ(w2 q) through both layers, token-exact, of the last memory of the stack."""
 
     def read(inputs: Tensor, write: Write, state: Tensor, momentum: Tensor, towards: Tensor | None) -> Tensor:
-        last = Write(*(t if t is None else t[:, -1:] for t in write))
+        last = write.map(lambda t: t[:, -1:])
         carried_momentum = None if decays.leak is None else inputs @ momentum[:, -1:].mT
         anchored = None if towards is None else inputs @ towards[-1:].mT
         return chunk_read(last, inputs, inputs @ state[:, -1:].mT, carried_momentum, decays, anchored=anchored)

@@ -15,117 +15,22 @@ Letters: B batch, T tokens, H heads, d head width, h hidden width, M memories.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from nestlearn.errors import UserError, suggest
-from nestlearn.memory.deep import Fast, InitialWeights, Weights, WriteRule, deep_chunk, deep_forward
+from nestlearn.errors import UserError
+from nestlearn.memory.config import Part, SelfModifyingConfig
+from nestlearn.memory.deep import Fast, InitialWeights, Weights, deep_chunk, deep_forward, select
 from nestlearn.memory.stream import FastState, run_stream
 from nestlearn.ops.dgd_chunk import chunk_decays
 from nestlearn.ops.pointwise import l2norm
 from nestlearn.ops.scan import Tensors
 
-SLOW = ("k", "v", "eta", "alpha")
 _LOG_FLOOR = -30.0  # log α is kept above this: e⁻³⁰ of a write is nothing, and sums of logs keep their precision
-
-
-@dataclass(frozen=True)
-class SelfModifyingConfig:
-    """Widths, chunks and switches; the defaults of the switches are the letter of the paper unless noted.
-
-    head_width, hidden_width, heads   d, h, H, each at least 1
-    chunk, memory_chunk   tokens between two gradients' origins of the slow memories and of M_memory (a divisor of chunk)
-    rate_max              upper end of η, >= 0; 0 never writes
-    momentum              μ in [0, 1)
-    objective             "dot" (default: with DGD it is the delta rule, S x → v̂) or "l2"
-    target_norm           "l2" (default: bounded writes) or "none" (the letter; unstable)
-    adaptive              which of k, v, eta, alpha adapt; "q" adds an adaptive query memory
-    retention, dgd        False: α = 1; False: plain gradient descent
-    retain_to             "zero" (the letter) or "initial"
-    rate_start, retain_start   η / rate_max and α for a zero input read-out, each in (0, 1)
-    slow_rate_scale       start of rate_scale for k, v, eta, alpha; 1 is the letter
-    w1_scale, w2_scale    spread of the initial weights, times 1/sqrt(fan-in)
-    detach_writes         stop-gradient inner loop, an option for comparison
-    recompute             lean backward pass; False stores everything and allows higher derivatives
-    """
-
-    head_width: int
-    hidden_width: int
-    heads: int = 1
-    chunk: int = 64
-    memory_chunk: int | None = None
-    rate_max: float = 8.0
-    momentum: float = 0.0
-    objective: str = "dot"
-    target_norm: str = "l2"
-    adaptive: tuple[str, ...] = SLOW
-    retention: bool = True
-    dgd: bool = True
-    retain_to: str = "zero"
-    rate_start: float = 0.5
-    retain_start: float = 0.9999
-    slow_rate_scale: float = 1.0
-    w1_scale: float = 1.0
-    w2_scale: float = 1.0
-    detach_writes: bool = False
-    recompute: bool = True
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "adaptive", tuple(self.adaptive))
-        object.__setattr__(self, "memory_chunk", self.chunk if self.memory_chunk is None else self.memory_chunk)
-        for name in ("head_width", "hidden_width", "heads", "chunk", "memory_chunk"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}, must be at least 1")
-        if self.chunk % self.memory_length:
-            raise UserError(
-                f"chunk is {self.chunk} and memory_chunk {self.memory_chunk}: chunk must be a multiple of memory_chunk"
-            )
-        if not self.rate_max >= 0:
-            raise UserError(f"rate_max is {self.rate_max}, must be >= 0")
-        for name in ("rate_start", "retain_start"):
-            if not 0 < getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}, must be between 0 and 1, both excluded")
-        for name in self.adaptive:
-            if name not in (*SLOW, "q"):
-                raise UserError(f"adaptive names {name!r}, must be among {[*SLOW, 'q']}{suggest(name, SLOW)}")
-        _ = self.rule
-
-    @property
-    def memory_length(self) -> int:
-        """memory_chunk, resolved."""
-        return self.chunk if self.memory_chunk is None else self.memory_chunk
-
-    @property
-    def rule(self) -> WriteRule:
-        """How every memory writes."""
-        return WriteRule(
-            self.objective,
-            self.momentum,
-            self.dgd,
-            self.retain_to,
-            self.target_norm,
-            detach_writes=self.detach_writes,
-        )
-
-    @property
-    def constant(self) -> bool:
-        """Whether no memory can ever change: rate 0, and nothing fades."""
-        return self.rate_max == 0 and not self.retention
-
-    @property
-    def written(self) -> tuple[str, ...]:
-        """The memories that change, in the order of ``names``: the adaptive ones and "memory"."""
-        return tuple(n for n in self.names if n in self.adaptive or n == "memory")
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """All memories in the order of their stack: the static ones, the adaptive ones, then "memory"."""
-        slow = (*SLOW, "q") if "q" in self.adaptive else SLOW
-        return (*(n for n in slow if n not in self.adaptive), *(n for n in slow if n in self.adaptive), "memory")
 
 
 class ReadOut(nn.Module):
@@ -156,6 +61,28 @@ class Gates(NamedTuple):
     def cut(self, begin: int, end: int) -> Gates:
         """The same for tokens begin … end."""
         return Gates(*(t[..., begin:end, :] for t in self[:3]), *(t[..., begin:end] for t in self[3:]))
+
+
+class Trained(NamedTuple):
+    """Parameters, ready for use: initial weights (M, H, ·, ·); |rate_scale| (M, H) of the memories that are written; the
+    two read-outs' weights (H, d) and biases (H,)."""
+
+    w1: Tensor
+    w2: Tensor
+    scales: Tensor
+    rate_weight: Tensor
+    rate_bias: Tensor
+    retain_weight: Tensor
+    retain_bias: Tensor
+
+
+class Written(NamedTuple):
+    """What became of some memories over a piece: reads of "memory", live and chunk-start weights, surprises if asked."""
+
+    reads: list[Tensor]
+    live: Fast
+    start: Weights
+    surprise: list[Tensor]
 
 
 class Signals(NamedTuple):
@@ -210,7 +137,7 @@ class SelfModifyingMemory(nn.Module):
     ) -> tuple[Tensor, FastState]:
         """Read at ``query`` and learn from ``x``.
 
-        x, query, value_input  (B, T, H, d); query is normalised by the caller; value_input (default x) is what M_v reads
+        x, query, value_input  (B, T, H, d); query is normalised by the caller; M_v reads value_input, x by default
         state                  of these B streams; None starts new ones
 
         Returns (y (B, T, H, d), state). The inner loop runs in float32 at least, whatever the inputs are.
@@ -249,7 +176,7 @@ class SelfModifyingMemory(nn.Module):
             partial(self._step, record=record),
             FastState.fresh(initial, x.shape[0], c.names) if state is None else state,
             tuple(t.transpose(1, 2).to(dtype) for t in (x, value_input, query)),
-            (*initial, *(t.to(dtype) for t in (scales, *reads))),
+            Trained(*initial, *(t.to(dtype) for t in (scales, *reads))),
             periods,
             chunk=c.chunk,
             fresh=state is None,
@@ -275,8 +202,8 @@ class SelfModifyingMemory(nn.Module):
                 )
         if state is not None and (state.w1.shape[0] != x.shape[0] or state.names != c.names):
             raise UserError(
-                f"state holds {state.w1.shape[0]} streams of the memories {state.names}, but x has {x.shape[0]} rows and "
-                f"this memory is {c.names}: pass the state of these very streams"
+                f"state holds {state.w1.shape[0]} streams of the memories {state.names}, but x has {x.shape[0]} rows "
+                f"and this memory is {c.names}: pass the state of these very streams"
             )
 
     def _step(
@@ -290,33 +217,29 @@ class SelfModifyingMemory(nn.Module):
         record: list[tuple[Tensor, ...]] | None,
     ) -> tuple[Tensor, Fast, Weights]:
         """One piece of one chunk: generate, then write and read. ``start`` None: the piece begins the chunk."""
-        c, static = self.config, len(self.config.names) - len(self.config.written)
+        trained = Trained(*constants)
         origin = live.weights if start is None else start
-        gates = self._generate(origin, inputs, constants[3:])
-        together = c.memory_length == c.chunk or len(c.written) == 1
-        spans = [slice(static, None)] if together else [slice(static, -1), slice(-1, None)]
-        lengths = [c.memory_length] if together else [c.chunk, c.memory_length]
-        done = [
-            self._write(span, length, live, start, gates, constants, offset, observe=record is not None)
-            for span, length in zip(spans, lengths, strict=True)
-        ]
-        kept = slice(static)
-        live = Fast(*_stack(select(live, kept), *(d.live for d in done)))
-        start = Weights(*_stack(select(origin, kept), *(d.start for d in done)))
+        gates = self._generate(origin, inputs, trained)
+        parts = self.config.parts
+        done = [self._write(part, live, origin, gates, trained, offset, observe=record is not None) for part in parts]
+        static = slice(parts[0].span.start)  # memories that do not adapt stay as they are
+        live = Fast(*_stack(select(live, static), *(d.live for d in done)))
+        start = Weights(*_stack(select(origin, static), *(d.start for d in done)))
         if record is not None:
-            surprise = torch.cat([d.surprise for d in done], dim=1)
-            norm = sum(w[:, static:].square().sum((-1, -2)) for w in live.weights).sqrt()
-            record.append((surprise, gates.rate * constants[2][..., None], gates.log_retain.exp(), norm[..., None]))
-        return done[-1].reads, live, start
+            surprise = torch.cat([torch.cat(d.surprise, dim=-1) for d in done], dim=1)
+            record.append(
+                (surprise, gates.rate * trained.scales[..., None], gates.log_retain.exp(), _norms(live, static))
+            )
+        return torch.cat(done[-1].reads, dim=-2), live, start
 
-    def _generate(self, weights: Weights, inputs: Tensors, reads: Tensors) -> Gates:
+    def _generate(self, weights: Weights, inputs: Tensors, trained: Trained) -> Gates:
         """k, v, q, η, α of a piece, from the slow memories at the chunk's start."""
         x, value_input, query = inputs
         given = {"v": value_input, "q": query}
         names = self.config.names[:-1]
         out = deep_forward(select(weights, slice(-1)), torch.stack([given.get(n, x) for n in names], dim=1))
         made = {name: out[:, i : i + 1] for i, name in enumerate(names)}
-        rate_weight, rate_bias, retain_weight, retain_bias = (t[..., None] for t in reads)
+        rate_weight, rate_bias, retain_weight, retain_bias = (t[..., None] for t in trained[3:])
         rate = self.config.rate_max * torch.sigmoid((made["eta"] @ rate_weight).squeeze(-1) + rate_bias)
         logit = (made["alpha"] @ retain_weight).squeeze(-1) + retain_bias
         log_retain = nn.functional.logsigmoid(logit).clamp_min(_LOG_FLOOR)
@@ -330,50 +253,43 @@ class SelfModifyingMemory(nn.Module):
 
     def _write(
         self,
-        span: slice,
-        length: int,
+        part: Part,
         live: Fast,
-        start: Weights | None,
+        start: Weights,
         gates: Gates,
-        constants: Tensors,
+        trained: Trained,
         offset: int | None,
         *,
         observe: bool,
-    ) -> _Written:
-        """Write a piece into the memories of ``span``, whose own chunks are ``length`` long; read the last of them."""
-        live = Fast(*select(live, span))
-        origin = None if start is None else select(start, span)
-        static = len(self.config.names) - len(self.config.written)
-        initial = Weights(*(w[span] for w in constants[:2]))
-        scales = constants[2][slice(span.start - static if span.start >= 0 else -1, span.stop)][..., None]
-        reads, surprise = [], [] if observe else None
+    ) -> Written:
+        """Write a piece into the memories of ``part``, whose own chunks may begin inside it; read "memory"."""
+        c, (span, length) = self.config, part
+        live, start = select(live, span), select(start, span)
+        initial = Weights(trained.w1[span], trained.w2[span])
+        first = len(c.names) - len(c.written)
+        scales = trained.scales[span.start - first : span.stop - first, :, None]
+        reading = span.stop == len(c.names)
+        rule = replace(c.rule, fused=c.recompute and not observe)
+        done = Written([], live, start, [])
         for begin, end in _cuts(gates.rate.shape[-1], offset, length):
-            if offset is not None and (offset + begin) % length == 0:
-                origin = live.weights
+            begins = offset is not None and (offset + begin) % length == 0
             piece = gates.cut(begin, end)
-            read, live = deep_chunk(
-                None if origin is not None and origin.w1 is live.w1 else origin,
-                live,
+            reads, after = deep_chunk(
+                None if begins else done.start,
+                done.live,
                 piece.key,
                 piece.value,
                 piece.rate * scales,
-                chunk_decays(piece.log_retain, self.config.momentum),
-                replace(self.config.rule, fused=self.config.recompute and not observe),
+                chunk_decays(piece.log_retain, c.momentum),
+                rule,
                 initial=initial,
-                query=piece.query if span.stop is None else None,
-                surprise=surprise,
+                query=piece.query if reading else None,
+                surprise=done.surprise if observe else None,
             )
-            reads.append(read)
-        assert origin is not None
-        read = torch.cat(reads, dim=-2) if span.stop is None else None
-        return _Written(read, live, origin, torch.cat(surprise, dim=-1) if surprise else None)
-
-
-class _Written(NamedTuple):
-    reads: Tensor | None
-    live: Fast
-    start: Weights
-    surprise: Tensor | None
+            done = done._replace(live=after, start=done.live.weights if begins else done.start)
+            if reads is not None:
+                done.reads.append(reads)
+        return done
 
 
 def inner_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -381,9 +297,10 @@ def inner_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def select(weights: Weights, span: slice) -> Weights:
-    """The memories of ``span`` from a stack (B, M, …)."""
-    return type(weights)(*(w[:, span] for w in weights))
+def _norms(live: Fast, static: slice) -> Tensor:
+    """sqrt(‖w1‖² + ‖w2‖²) of the memories behind the static ones: (B, M, H, 1)."""
+    w1, w2 = (w[:, static.stop :].square().sum((-1, -2)) for w in live.weights)
+    return (w1 + w2).sqrt()[..., None]
 
 
 def _stack(*parts: tuple[Tensor, ...]) -> list[Tensor]:

@@ -112,7 +112,7 @@ def _cut(inputs: Tensors, begin: int, end: int) -> Tensors:
 def _one_token(
     step: Step, state: FastState, inputs: Tensors, constants: Tensors, periods: Tensor
 ) -> tuple[Tensor, FastState]:
-    """Rows may stand at different places of their chunks: each memory of each row starts its chunk when its own is due."""
+    """Rows may stand at different places of their chunks: each memory of each row starts its chunk when that is due."""
     due = (state.seen[:, None] % periods == 0)[..., None, None, None]
     start = Weights(torch.where(due, state.w1, state.start1), torch.where(due, state.w2, state.start2))
     live = Fast(state.w1, state.w2, state.m1, state.m2)

@@ -24,6 +24,7 @@ Letters: C tokens of a chunk; X (…, C, in); U, G, P (…, C, out); S, m (…, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -183,6 +184,11 @@ class Write(NamedTuple):
     erased: Tensor | None
     added: Tensor
     added_momentum: Tensor
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Write:
+        """The same with every tensor changed."""
+        erased = None if self.erased is None else change(self.erased)
+        return Write(change(self.inputs), change(self.updates), erased, change(self.added), change(self.added_momentum))
 
 
 def chunk_write(

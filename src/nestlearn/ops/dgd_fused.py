@@ -4,7 +4,7 @@ Scaling the inputs once, Y = diag(gain) X, takes the gain out of everything else
 output gradients, so that U = −gain · G):
 
     A = X Yᵀ     N = A ∘ R'     P = (I + N)⁻¹ (share − (A ∘ W') G)     left = W_C G + R_C P
-    added = −leftᵀ Y     added_momentum = −(μ_C G)ᵀ Y                   at μ = 0, W' = R':  P + G = (I + N)⁻¹ (share + G)
+    added = −leftᵀ Y     added_momentum = −(μ_C G)ᵀ Y     at μ = 0, W' = R':  P + G = (I + N)⁻¹ (share + G)
 
 Backward, d· marking a gradient, with r = (I + N)⁻ᵀ (dP + R_C dleft) the gradient of the right-hand side:
 
@@ -57,7 +57,7 @@ class _FusedWrite(torch.autograd.Function):
         products = x @ y.mT
         system = products * retain
         inverse = invert_unit_lower(system.flatten(0, 2))
-        if moment is None:
+        if moment is None or moment_end is None:
             total = _product(inverse, share + g)
             p, left = total - g, retain_end * total
         else:

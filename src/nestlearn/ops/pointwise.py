@@ -1,5 +1,7 @@
 """Pointwise functions of the inner loop with hand-written backward passes: fewer passes over memory, first derivatives.
 
+Forward and backward, d· marking a gradient:
+
     l2norm           y = z r, r = (‖z‖² + ε)^(−1/2)         dz = r (dy − y ⟨y, dy⟩)
     silu_and_slope   a = z s, a' = s (1 + z (1 − s))        dz = da a' + da' a'',  a'' = s (1 − s) (2 + z (1 − 2 s))
 """

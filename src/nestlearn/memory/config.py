@@ -1,0 +1,142 @@
+"""What a self-modifying memory is made of: widths, chunks, and the switches of the ablation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from nestlearn.errors import UserError, suggest
+from nestlearn.memory.deep import WriteRule
+
+SLOW = ("k", "v", "eta", "alpha")
+
+
+class Part(NamedTuple):
+    """Neighbours in the stack of memories whose chunks have the same ``length`` in tokens."""
+
+    span: slice
+    length: int
+
+
+@dataclass(frozen=True)
+class SelfModifyingConfig:
+    """Widths, chunks and switches; the defaults of the switches are the letter of the paper unless noted.
+
+    head_width, hidden_width, heads   d, h, H, each at least 1
+    chunk, memory_chunk   tokens from one origin of the gradients to the next, of the slow memories and of M_memory;
+                          memory_chunk divides chunk
+    rate_max              upper end of η, finite and >= 0; 0 never writes
+    momentum              μ in [0, 1)
+    objective             "dot" (default: with DGD it is the delta rule, S x → v̂) or "l2"
+    target_norm           "l2" (default: bounded writes) or "none" (the letter; unstable)
+    adaptive              which of k, v, eta, alpha adapt; "q" adds an adaptive query memory
+    retention, dgd        False: α = 1; False: plain gradient descent
+    retain_to             "zero" (the letter) or "initial"
+    rate_start, retain_start   η / rate_max and α for a zero input read-out, each in (0, 1)
+    slow_rate_scale       start of rate_scale for k, v, eta, alpha; 1 is the letter
+    w1_scale, w2_scale    spread of the initial weights, times 1/sqrt(fan-in)
+    detach_writes         stop-gradient inner loop, an option for comparison
+    recompute             lean backward pass; False stores everything and allows higher derivatives
+    """
+
+    head_width: int
+    hidden_width: int
+    heads: int = 1
+    chunk: int = 64
+    memory_chunk: int | None = None
+    rate_max: float = 8.0
+    momentum: float = 0.0
+    objective: str = "dot"
+    target_norm: str = "l2"
+    adaptive: tuple[str, ...] = SLOW
+    retention: bool = True
+    dgd: bool = True
+    retain_to: str = "zero"
+    rate_start: float = 0.5
+    retain_start: float = 0.9999
+    slow_rate_scale: float = 1.0
+    w1_scale: float = 1.0
+    w2_scale: float = 1.0
+    detach_writes: bool = False
+    recompute: bool = True
+
+    def __post_init__(self) -> None:
+        if isinstance(self.adaptive, str) or not isinstance(self.adaptive, Iterable):
+            raise UserError(f"adaptive is {self.adaptive!r}, must be a list of names, for example ['k', 'v']")
+        object.__setattr__(self, "adaptive", tuple(self.adaptive))
+        object.__setattr__(self, "memory_chunk", self.chunk if self.memory_chunk is None else self.memory_chunk)
+        self._check_numbers()
+        if self.chunk % self.memory_length:
+            raise UserError(
+                f"chunk is {self.chunk} and memory_chunk {self.memory_chunk}: chunk must be a multiple of memory_chunk"
+            )
+        for name in ("retention", "dgd", "detach_writes", "recompute"):
+            if not isinstance(getattr(self, name), bool):
+                raise UserError(f"{name} is {getattr(self, name)!r}, must be True or False")
+        for name in self.adaptive:
+            if name not in (*SLOW, "q"):
+                raise UserError(f"adaptive names {name!r}, must be among {[*SLOW, 'q']}{suggest(str(name), SLOW)}")
+        _ = self.rule
+
+    def _check_numbers(self) -> None:
+        for name in ("head_width", "hidden_width", "heads", "chunk", "memory_chunk"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise UserError(f"{name} is {value!r}, must be a whole number, at least 1")
+        for name in ("rate_max", "slow_rate_scale", "w1_scale", "w2_scale"):
+            if not 0 <= _number(name, getattr(self, name)) < math.inf:
+                raise UserError(f"{name} is {getattr(self, name)}, must be finite and >= 0")
+        for name in ("rate_start", "retain_start"):
+            if not 0 < _number(name, getattr(self, name)) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}, must be between 0 and 1, both excluded")
+        _number("momentum", self.momentum)
+
+    @property
+    def memory_length(self) -> int:
+        """memory_chunk, resolved."""
+        return self.chunk if self.memory_chunk is None else self.memory_chunk
+
+    @property
+    def rule(self) -> WriteRule:
+        """How every memory writes."""
+        return WriteRule(
+            self.objective,
+            self.momentum,
+            self.dgd,
+            self.retain_to,
+            self.target_norm,
+            detach_writes=self.detach_writes,
+        )
+
+    @property
+    def constant(self) -> bool:
+        """Whether no memory can ever change: rate 0, and nothing fades."""
+        return self.rate_max == 0 and not self.retention
+
+    @property
+    def written(self) -> tuple[str, ...]:
+        """The memories that change, in the order of ``names``: the adaptive ones and "memory"."""
+        return tuple(n for n in self.names if n in self.adaptive or n == "memory")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All memories in the order of their stack: the static ones, the adaptive ones, then "memory"."""
+        slow = (*SLOW, "q") if "q" in self.adaptive else SLOW
+        return (*(n for n in slow if n not in self.adaptive), *(n for n in slow if n in self.adaptive), "memory")
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The written memories by chunk length: all at once where it is the same, else "memory" by itself."""
+        count = len(self.names)
+        first = count - len(self.written)
+        if self.memory_length == self.chunk or first == count - 1:
+            return (Part(slice(first, count), self.memory_length),)
+        return Part(slice(first, count - 1), self.chunk), Part(slice(count - 1, count), self.memory_length)
+
+
+def _number(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise UserError(f"{name} is {value!r}, must be a number")
+    return value
