@@ -64,8 +64,8 @@ class Gates(NamedTuple):
 
 
 class Trained(NamedTuple):
-    """Parameters, ready for use: initial weights (M, H, ·, ·); |rate_scale| (M, H) of the memories that are written; the
-    two read-outs' weights (H, d) and biases (H,)."""
+    """Parameters, ready for use: initial weights (M, H, ·, ·); |rate_scale| (M, H) of the written memories; both
+    read-outs' weights (H, d) and biases (H,)."""
 
     w1: Tensor
     w2: Tensor
@@ -77,7 +77,7 @@ class Trained(NamedTuple):
 
 
 class Written(NamedTuple):
-    """What became of some memories over a piece: reads of "memory", live and chunk-start weights, surprises if asked."""
+    """Memories after a piece: reads of "memory", live and chunk-start weights, surprises if asked."""
 
     reads: list[Tensor]
     live: Fast
