@@ -38,9 +38,9 @@ def test_the_cited_equations_stand_in_the_source(row):
         assert cited & numbers((ROOT / path).read_text(encoding="utf-8")), path
 
 
-def numbers(text: str) -> set[int]:
-    """All equation numbers after "NL Eq.", ranges filled in."""
-    found: set[int] = set()
+def numbers(text: str) -> set[int | str]:
+    """All equation numbers after "NL Eq.", ranges filled in, and all sections after "NL §"."""
+    found: set[int | str] = set(re.findall(r"NL §(\d+\.\d+)", text))
     for listed in re.findall(r"NL Eq\. ([\d–, -]+)", text):
         for part in re.findall(r"\d+(?:–\d+)?", listed):
             first, _, last = part.partition("–")

@@ -1,4 +1,4 @@
-"""HOPE (NL §8.3, Eq. 94–97): blocks of a token mixer and a continuum memory system.
+"""HOPE (NL §8.3; NL Eq. 94–97): blocks of a token mixer and a continuum memory system.
 
     x ← x + mixer(norm(x))        self-modifying Titans; softmax attention in Hope-Attention
     x ← CMS(x)

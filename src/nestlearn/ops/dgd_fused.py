@@ -1,4 +1,4 @@
-"""The faster twin of `dgd_chunk.chunk_write`: the same numbers from fewer passes, its backward pass written by hand.
+"""The faster twin of `dgd_chunk.chunk_write` (NL Eq. 90–93): fewer passes, its backward pass written by hand.
 
 Scaling the inputs once, Y = diag(gain) X, takes the gain out of everything else (letters as in `dgd_chunk`, G the
 output gradients, so that U = −gain · G):
