@@ -141,6 +141,7 @@ class HopeForCausalLM(HopePreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.gradient_checkpointing = False
         self.post_init()
+        self.model.restart({level.period for level in self.model.shape.levels})  # nested levels start equal
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embedding
