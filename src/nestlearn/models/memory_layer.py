@@ -1,6 +1,7 @@
 """Layers around a memory: static maps, causal convolution, heads, output norm, gate and projection.
 
-    [x_k, x_v, q, g] = W_in x          x_k feeds the keys and gates, x_v the values; both pass a causal depthwise convolution
+    [x_k, x_v, q, g] = W_in x          x_k feeds the keys and gates, x_v the values; x_k and x_v pass a causal
+                                       depthwise convolution
     y = memory(x_k, l2norm(q), x_v)    heads of width d
     out = W_out (norm(y) ∘ silu(g))
 
@@ -31,7 +32,7 @@ class LayerState(State):
 
 
 class CausalConv(nn.Module):
-    """Depthwise causal convolution over time, streaming: (B, T, channels) with the last width − 1 inputs as its state."""
+    """Depthwise causal convolution over time, streaming: (B, T, channels), its state the last width − 1 inputs."""
 
     def __init__(self, channels: int, width: int = 4) -> None:
         super().__init__()
@@ -96,7 +97,8 @@ class SelfModifyingLayer(MemoryFrame):
         self.memory = SelfModifyingMemory(memory)
 
     def _memorise(self, key: Tensor, value: Tensor, query: Tensor, state: State | None) -> tuple[Tensor, State]:
-        return self.memory(key, query, state, value)
+        read, end = self.memory(key, query, state, value)
+        return read, end
 
     @torch.no_grad()
     def observe(self, x: Tensor) -> Signals:
@@ -107,7 +109,7 @@ class SelfModifyingLayer(MemoryFrame):
 
 
 class GatedDeltaLayer(MemoryFrame):
-    """The gated delta rule in the same frame: static k, v, rate and retention, a matrix for a memory (for comparison)."""
+    """The gated delta rule in the same frame, for comparison: static k, v, rate, retention; its memory is a matrix."""
 
     def __init__(self, width: int, heads: int, *, chunk: int = 64, conv_width: int = 4, eps: float = 1e-6) -> None:
         super().__init__(width, heads, conv_width=conv_width, eps=eps)
