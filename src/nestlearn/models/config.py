@@ -16,14 +16,18 @@ from nestlearn.memory.self_modifying import SelfModifyingConfig
 from nestlearn.models.continuum import CONNECTIONS, split_hidden
 from nestlearn.models.hope import MIXERS, Shape
 
-# What HOPE's memories start from where the paper is silent; LOG.md has the comparisons behind these values.
+# What HOPE's memories start from where the paper is silent; LOG.md has the comparisons behind these values. Writing to
+# w2 changes the features that earlier writes to w1 were stored under. So features start large and the rate small (gain
+# times squared input is then near 0.6 in w1, 0.3 in w2), and w1 starts small, which keeps every M near the identity.
 HOPE_MEMORY: dict[str, Any] = {
     "chunk": 64,
     "momentum": 0.0,
-    "rate_max": 8.0,
-    "rate_start": 0.5,
+    "rate_max": 4.0,
+    "rate_start": 0.125,
     "retain_start": 0.9999,
     "slow_rate_scale": 0.02,
+    "w1_scale": 0.05,
+    "w2_scale": 3.0,
 }
 _DERIVED = ("heads", "head_width")  # settings of a memory that follow from the model's shape
 _SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "conv_width")

@@ -1,11 +1,14 @@
 """Layers around a memory: static maps, causal convolution, heads, output norm, gate and projection.
 
-    [x_k, x_v, q, g] = W_in x          x_k feeds the keys and gates, x_v the values; x_k and x_v pass a causal
+    [x_k, x_v, q, g] = W_in x          x_k feeds the keys and gates, x_v the values; x_k, x_v and q pass a causal
                                        depthwise convolution
     y = memory(x_k, l2norm(q), x_v)    heads of width d
-    out = W_out (norm(y) ∘ silu(g))
+    out = W_out (norm(y − q) ∘ silu(g))
 
-`MemoryFrame` is this frame; what stands inside is a self-modifying memory or, for comparison, a gated delta rule.
+`MemoryFrame` is this frame; what stands inside is a self-modifying memory or, for comparison, a gated delta rule
+(whose y has no q in it). Two choices are ours, with numbers in LOG.md. A deep memory returns M(q) = q + w1 σ(w2 q);
+what it knows is the second term, and the norm would weigh it against the query, so the query is taken off first. And
+the query is convolved like keys and values: else a layer whose memory never writes sees no token but the current one.
 """
 
 from __future__ import annotations
@@ -64,7 +67,7 @@ class MemoryFrame(nn.Module):
         super().__init__()
         self.heads, self.head_width = heads, width // heads
         self.project = nn.Linear(width, 4 * width, bias=False)
-        self.conv = CausalConv(2 * width, conv_width)
+        self.conv = CausalConv(3 * width, conv_width)
         self.norm = RMSNorm(self.head_width, eps)
         self.out = nn.Linear(width, width, bias=False)
 
@@ -77,9 +80,10 @@ class MemoryFrame(nn.Module):
 
     def _inputs(self, x: Tensor, state: LayerState | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         width = x.shape[-1]
-        key_value, query, gate = self.project(x).split([2 * width, width, width], dim=-1)
+        inputs, gate = self.project(x).split([3 * width, width], dim=-1)
         tail = self.conv.init_tail(len(x), x.dtype, x.device) if state is None else state.tail
-        key_value, tail = self.conv(key_value, tail)
+        inputs, tail = self.conv(inputs, tail)
+        key_value, query = inputs.split([2 * width, width], dim=-1)
         return key_value, l2norm(self._split(query)), gate, tail
 
     def _split(self, t: Tensor) -> Tensor:
@@ -98,7 +102,7 @@ class SelfModifyingLayer(MemoryFrame):
 
     def _memorise(self, key: Tensor, value: Tensor, query: Tensor, state: State | None) -> tuple[Tensor, State]:
         read, end = self.memory(key, query, state, value)
-        return read, end
+        return read - query, end
 
     @torch.no_grad()
     def observe(self, x: Tensor) -> Signals:
