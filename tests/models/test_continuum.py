@@ -88,7 +88,9 @@ def test_bad_connections_and_widths_are_named():
 
 def test_nested_levels_of_a_new_model_start_equal():
     """NL Eq. 72: a faster level's initial state is the next slower one."""
-    config = HopeConfig(hidden_size=16, num_attention_heads=2, intermediate_size=24, levels=[1, 8, 64], connection="nested")
+    config = HopeConfig(
+        hidden_size=16, num_attention_heads=2, intermediate_size=24, levels=[1, 8, 64], connection="nested"
+    )
     for block in HopeForCausalLM(config).model.layers:
         first, *others = (list(mlp.parameters()) for _, mlp in block.cms.by_level())
         assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
