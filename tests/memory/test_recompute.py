@@ -64,9 +64,8 @@ def test_second_derivatives_without_recomputing():
 
 def test_second_derivatives_are_refused_with_recomputing():
     x = tokens(1, 3, heads=1, width=2)[0].requires_grad_()
-    (first,) = torch.autograd.grad(read(tiny(recompute=True), x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        first.square().sum().backward()
+    with pytest.raises(RuntimeError, match="second derivative"):
+        torch.autograd.grad(read(tiny(recompute=True), x).square().sum(), x, create_graph=True)
 
 
 @pytest.mark.parametrize("cut", [0, 11])

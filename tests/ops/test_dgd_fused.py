@@ -117,6 +117,5 @@ def test_repeated_keys_at_gain_near_1_stay_accurate_in_float32(mu, distinct):
 
 def test_second_derivatives_are_refused():
     leaves = case(4)
-    (first,) = torch.autograd.grad(weighted(run(leaves, 0.6, True)), leaves[:1], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        first.sum().backward()
+    with pytest.raises(RuntimeError, match="second derivative"):
+        torch.autograd.grad(weighted(run(leaves, 0.6, True)), leaves[:1], create_graph=True)

@@ -63,6 +63,5 @@ def test_second_derivatives_are_refused_where_hand_written_and_exact_where_not(n
     z = values(2, 3).requires_grad_()
     assert torch.autograd.gradgradcheck(FUNCTIONS[name], (z,))
     fused = FUNCTIONS[name](z, fused=True)
-    (first,) = torch.autograd.grad((fused if name == "l2norm" else fused[0]).square().sum(), z, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        first.sum().backward()
+    with pytest.raises(RuntimeError, match="second derivative"):
+        torch.autograd.grad((fused if name == "l2norm" else fused[0]).square().sum(), z, create_graph=True)

@@ -1,6 +1,16 @@
 """Fast weights: what learns inside a forward pass, held in a state."""
 
+from nestlearn.memory.deep_memory import DeepConfig, DeepMemory
+from nestlearn.memory.linear import LinearConfig, LinearMemory
 from nestlearn.memory.self_modifying import SelfModifyingConfig, SelfModifyingMemory
 from nestlearn.memory.state import State
 
-__all__ = ["SelfModifyingConfig", "SelfModifyingMemory", "State"]
+__all__ = [
+    "DeepConfig",
+    "DeepMemory",
+    "LinearConfig",
+    "LinearMemory",
+    "SelfModifyingConfig",
+    "SelfModifyingMemory",
+    "State",
+]

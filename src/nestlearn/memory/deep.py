@@ -91,11 +91,17 @@ def deep_forward(weights: Weights, z: Tensor) -> Tensor:
     return z + nn.functional.silu(z @ weights.w2.mT) @ weights.w1.mT
 
 
+def own_target(weights: Weights, value: Tensor, rule: WriteRule) -> Tensor:
+    """v̂ = M(v), the target that a memory generates for itself, normalised as ``rule`` says."""
+    target = deep_forward(weights, value)
+    return l2norm(target, fused=rule.fused) if rule.target_norm == "l2" else target
+
+
 def deep_chunk(
     start: Weights | None,
     live: Fast,
     key: Tensor,
-    value: Tensor,
+    target: Tensor,
     rate: Tensor,
     decays: Decays,
     rule: WriteRule,
@@ -106,9 +112,9 @@ def deep_chunk(
 ) -> tuple[Tensor | None, Fast]:
     """Write one chunk into G memories, and read the last of them at ``query``, each read before its token's write.
 
-    start      weights at the chunk's start: gradients and targets v̂ = M_start(v) come from them; None: ``live`` itself
+    start      weights at the chunk's start, where the gradients are taken; None: ``live`` itself
     live       weights as they are now
-    key        (B, 1, H, C, d), normalised;  value (B, 1, H, C, d);  rate (B, G, H, C)
+    key        (B, 1, H, C, d), normalised;  target v̂ (B, G, H, C, d);  rate (B, G, H, C)
     initial    (G, H, ·, ·), where retention pulls (``retain_to="initial"``)
     surprise   a list to append ‖∇_y L̃‖ (B, G, H, C) to
 
@@ -116,9 +122,6 @@ def deep_chunk(
     """
     whole = start is None
     start = live.weights if start is None else start
-    target = deep_forward(start, value)
-    if rule.target_norm == "l2":
-        target = l2norm(target, fused=rule.fused)
     z = key @ start.w2.mT
     hidden, slope = silu_and_slope(z, fused=rule.fused)
     image = hidden @ start.w1.mT if whole or rule.objective == "l2" else None

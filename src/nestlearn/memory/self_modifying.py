@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from nestlearn.errors import UserError
 from nestlearn.memory.config import Part, SelfModifyingConfig
-from nestlearn.memory.deep import Fast, InitialWeights, Weights, deep_chunk, deep_forward, select
+from nestlearn.memory.deep import Fast, InitialWeights, Weights, deep_chunk, deep_forward, own_target, select
 from nestlearn.memory.stream import FastState, run_stream
 from nestlearn.ops.dgd_chunk import chunk_decays
 from nestlearn.ops.pointwise import l2norm
@@ -274,11 +274,12 @@ class SelfModifyingMemory(nn.Module):
         for begin, end in _cuts(gates.rate.shape[-1], offset, length):
             begins = offset is not None and (offset + begin) % length == 0
             piece = gates.cut(begin, end)
+            origin = done.live.weights if begins else done.start
             reads, after = deep_chunk(
-                None if begins else done.start,
+                None if begins else origin,
                 done.live,
                 piece.key,
-                piece.value,
+                own_target(origin, piece.value, rule),
                 piece.rate * scales,
                 chunk_decays(piece.log_retain, c.momentum),
                 rule,
@@ -286,7 +287,7 @@ class SelfModifyingMemory(nn.Module):
                 query=piece.query if reading else None,
                 surprise=done.surprise if observe else None,
             )
-            done = done._replace(live=after, start=done.live.weights if begins else done.start)
+            done = done._replace(live=after, start=origin)
             if reads is not None:
                 done.reads.append(reads)
         return done

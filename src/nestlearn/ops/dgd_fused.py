@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from nestlearn.ops.dgd_chunk import Decays, Write
+from nestlearn.ops.first_order import first_order
 from nestlearn.ops.triangular import invert_unit_lower
 
 
@@ -72,7 +73,7 @@ class _FusedWrite(torch.autograd.Function):
         return y, p, added, added_momentum
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx: Any, dy: Tensor, dp: Tensor, d_added: Tensor, d_momentum: Tensor) -> tuple[Tensor | None, ...]:
         x, g, gain, y, retain, retain_end, moment, moment_end, power_end, products, inverse, p, left = ctx.saved_tensors
         d_left = (y @ d_added.mT).neg_()

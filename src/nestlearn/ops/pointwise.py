@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nestlearn.ops.first_order import first_order
+
 EPS = 1e-6
 
 
@@ -39,7 +41,7 @@ class _L2Norm(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         y, inverse = ctx.saved_tensors
         along = torch.linalg.vecdot(y, grad)[..., None]
@@ -56,7 +58,7 @@ class _SiluAndSlope(torch.autograd.Function):
         return hidden, slope
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx: Any, d_hidden: Tensor, d_slope: Tensor) -> Tensor:
         z, gate, slope = ctx.saved_tensors
         curve = torch.addcmul(z, z, gate, value=-2).add_(2)  # 2 + z (1 − 2 s)

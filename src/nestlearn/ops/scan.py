@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nestlearn.ops.first_order import first_order
+
 Tensors = tuple[Tensor, ...]
 Step = Callable[[Tensors, Tensors, Tensors], tuple[Tensor, Tensors]]
 
@@ -51,7 +53,7 @@ class _Scan(torch.autograd.Function):
         return torch.cat(outputs, dim=-2), *carry
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         saved = ctx.saved_tensors  # once: under activation checkpointing each reading recomputes
         held = len(ctx.pieces) * ctx.carried
