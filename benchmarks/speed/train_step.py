@@ -4,8 +4,9 @@
     python benchmarks/speed/train_step.py --lengths 512 --threads 2 --repeats 3 --no-decode
 
 Width 256, 4 layers, batch 4, float32, byte vocabulary; HOPE with all five memories adapting and momentum on, heads of
-width 64 and memories of 32 hidden units as in the preset tiny-cpu. A step is forward, backward and AdamW. Every figure is the median over the repeats, the models taking turns within each; peak
-memory is what a fresh process needs beyond the loaded model. Writes JSON with ``--out``.
+width 64 and memories of 32 hidden units as in the preset tiny-cpu. A step is forward, backward and AdamW. Every figure
+is the median over the repeats, the models taking turns within each; peak memory is what a fresh process needs beyond
+the loaded model. Writes JSON with ``--out``.
 """
 
 from __future__ import annotations
