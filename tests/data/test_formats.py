@@ -105,7 +105,7 @@ def test_truncated_parquet(tmp_path):
     assert "is not a whole parquet file" in fault(write(tmp_path / "a.parquet", whole[:-20]))
 
 
-@pytest.mark.parametrize("data", [gzip.compress(b"text" * 99), "text".encode("utf-16")])
+@pytest.mark.parametrize("data", [gzip.compress(b"text" * 99), "text".encode("utf-16")], ids=["gzip", "utf-16"])
 def test_bytes_that_are_not_text(tmp_path, data):
     assert "NUL byte at offset" in fault(write(tmp_path / "a.txt", data))
 

@@ -1,4 +1,4 @@
-"""An MLP as a memory, M(z) = z + w1 σ(w2 z), for keys, values and rates that somebody else provides.
+"""An MLP as a memory, M(z) = z + w1 σ(w2 z) (NL Eq. 89), for keys, values and rates that somebody else provides.
 
 The layer between the matrix memory (`linear.py`) and the self-modifying one: the write is that of `deep.py` (NL Eq. 57
 on both layers, gradients from the start of each chunk, NL Eq. 90), but the target is the given value. Its initial
