@@ -214,7 +214,7 @@ def another_text(folder: Path) -> Path:
             ["--set", "model.memory.memory_chunk=7"],
             "chunk is 64 and memory_chunk 7: chunk must be a multiple of memory_chunk",
         ),
-        (["--set", "model.hidden_size=30"], "hidden_size must be divisible by num_attention_heads"),
+        (["--set", "model.hidden_size=31"], "hidden_size must be divisible by num_attention_heads"),
         (["--set", "model.hidden_size=wide"], "model.hidden_size is 'wide': must be a whole number"),
         (["--set", "model.levels=[64, 32]"], "order them from the fastest"),
         (["--set", 'model.levels=["often"]'], "level period is 'often'"),

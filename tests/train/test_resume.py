@@ -56,8 +56,10 @@ def test_ctrl_c_saves_and_the_resumed_run_is_bit_equal(whole, tmp_path, monkeypa
     assert_same_end(whole[1], tmp_path / "run")
 
 
-def test_the_signal_handlers_are_given_back(whole):
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+def test_the_signal_handlers_are_given_back(whole, tmp_path):
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    run(whole[0], shutil.copytree(whole[1], tmp_path / "run"), start=whole[1])
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
 def test_what_was_logged_after_the_checkpoint_is_logged_once(whole, tmp_path):

@@ -11,6 +11,7 @@ from nestlearn.eval.curves import Curve, read_curve
 from nestlearn.eval.passage import Passage, passage
 from nestlearn.eval.run_record import METRICS_FILE_NAME, RATE_ZERO_FOLDER, RunRecord, read_record
 from nestlearn.models.hf import HopeForCausalLM
+from nestlearn.models.quiet import no_progress_bars
 
 Absent = str  # the reason why a part cannot be shown, one sentence
 
@@ -44,7 +45,8 @@ def _trace(run: Path, record: RunRecord) -> Passage | Absent:
         return f"{run.name} holds no checkpoint, so no model could read the passage."
     if not record.passage or len(record.passage) < 2:
         return "run.json names no held-out passage."
-    model = HopeForCausalLM.from_pretrained(checkpoint).eval()
+    with no_progress_bars():
+        model = HopeForCausalLM.from_pretrained(checkpoint).eval()
     tokenizer = load_tokenizer(str(checkpoint))
     trace = model.trace(torch.tensor([record.passage]))
     pieces = [tokenizer.decode([token]) for token in record.passage]

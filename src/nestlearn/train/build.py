@@ -16,6 +16,7 @@ from nestlearn.data.batches import Batches
 from nestlearn.data.text import Corpus, read_texts, standard_library
 from nestlearn.data.tokens import Tokenizer, load_tokenizer, tokenize
 from nestlearn.errors import UserError, suggest
+from nestlearn.models.quiet import no_progress_bars
 from nestlearn.optim import Leveled, parameter_groups
 from nestlearn.train.config import TrainConfig
 
@@ -88,7 +89,8 @@ def load_model(folder: Path) -> Any:
     """The model of a checkpoint."""
     from nestlearn.models.hf import HopeForCausalLM
 
-    return HopeForCausalLM.from_pretrained(folder)
+    with no_progress_bars():
+        return HopeForCausalLM.from_pretrained(folder)
 
 
 def build_optimizer(config: TrainConfig, model: Any) -> Leveled:

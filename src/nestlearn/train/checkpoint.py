@@ -25,6 +25,7 @@ import torch
 from nestlearn.data.batches import BatchState
 from nestlearn.data.tokens import Tokenizer, load_tokenizer
 from nestlearn.errors import UserError
+from nestlearn.models.quiet import no_progress_bars
 from nestlearn.train.config import TrainConfig
 
 MANIFEST, TRAINING, OPTIMIZER = "MANIFEST.json", "training.json", "optimizer.pt"
@@ -78,7 +79,8 @@ def save_checkpoint(
     final = run / f"checkpoint-{progress.tokens:08d}"
     remove_partials(run)
     with _written_whole(final) as folder:
-        model.save_pretrained(folder)
+        with no_progress_bars():
+            model.save_pretrained(folder)
         tokenizer.save(folder)
         with open(folder / OPTIMIZER, "wb") as file:
             torch.save(optimizer.state_dict(), file)
