@@ -14,8 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
-import resource
+import re
 import statistics
 import subprocess
 import sys
@@ -27,6 +26,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from nestlearn import HopeConfig, HopeForCausalLM
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from benchmarks.quality.common import about
 
 WIDTH, LAYERS, BATCH, VOCAB = 256, 4, 4, 256
 
@@ -136,7 +138,10 @@ def measure_peak(name: str, length: int, threads: int) -> None:
     before = resident_megabytes()
     for _ in range(2):
         step()
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before)
+    # not ru_maxrss: a child process inherits its parent's there
+    peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert peak is not None
+    print(int(peak[1]) / 1024 - before)
 
 
 def resident_megabytes() -> float:
@@ -184,7 +189,7 @@ def main() -> None:
     sizes = {name: parameters(make()) for name, make in MODELS.items()}
     machine = platform.processor() or platform.machine()
     print(json.dumps({"parameters": sizes, "torch": torch.__version__, "machine": machine}))
-    result = {"parameters": sizes, "train": train_table(args.lengths, args.threads, args.repeats)}
+    result = {"about": about(), "parameters": sizes, "train": train_table(args.lengths, args.threads, args.repeats)}
     if args.decode:
         result["decode"] = decode_table([256, 4096], 64, max(args.threads), args.repeats)
     if args.out:
