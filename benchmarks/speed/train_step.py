@@ -187,8 +187,7 @@ def main() -> None:
         measure_peak(args.peak, args.lengths[0], args.threads[0])
         return
     sizes = {name: parameters(make()) for name, make in MODELS.items()}
-    machine = platform.processor() or platform.machine()
-    print(json.dumps({"parameters": sizes, "torch": torch.__version__, "machine": machine}))
+    print(json.dumps({"parameters": sizes}))
     result = {"about": about(), "parameters": sizes, "train": train_table(args.lengths, args.threads, args.repeats)}
     if args.decode:
         result["decode"] = decode_table([256, 4096], 64, max(args.threads), args.repeats)
