@@ -90,3 +90,15 @@ def test_wrong_shapes_are_named():
         memory(key, value[..., :2], rate, retain, query)
     with pytest.raises(UserError, match="rate has the shape"):
         memory(key, value, rate[..., :1], retain, query)
+
+
+def test_a_retention_of_zero_stays_finite():
+    memory, (key, value, rate, retain, query) = build(), tokens()
+    reads, state = memory(key, value, rate, torch.zeros_like(retain), query)
+    assert reads.isfinite().all() and all(t.isfinite().all() for t in state.tensors())
+
+
+def test_the_state_of_other_streams_is_refused():
+    memory, given = build(), tokens()
+    with pytest.raises(UserError, match="state holds 3 streams but key has 2 rows"):
+        memory(*given, memory.init_state(3))

@@ -21,6 +21,8 @@ from nestlearn.ops.dgd_chunk import chunk_decays
 from nestlearn.ops.pointwise import l2norm
 from nestlearn.ops.scan import Tensors
 
+_LEAST = 1e-13  # a retention below this keeps nothing either, and its logarithm stays finite
+
 
 @dataclass(frozen=True)
 class DeepConfig:
@@ -64,6 +66,8 @@ class DeepMemory(nn.Module):
         Returns (reads (B, T, H, d), state). The inner loop runs in float32 at least.
         """
         self._check(key, value, query, rate, retain)
+        if state is not None and len(state.w1) != len(key):
+            raise UserError(f"state holds {len(state.w1)} streams but key has {len(key)} rows: pass their own state")
         dtype = torch.promote_types(key.dtype, torch.float32)
         initial = self._initial(dtype)
         vectors = (t.transpose(1, 2)[:, None] for t in (key, value, query))
@@ -102,7 +106,7 @@ class DeepMemory(nn.Module):
         key, value, query, rate, retain = inputs
         rule = self.config.rule
         target = l2norm(value) if rule.target_norm == "l2" else value
-        decays = chunk_decays(retain.squeeze(-1).log(), rule.momentum)
+        decays = chunk_decays(retain.squeeze(-1).clamp_min(_LEAST).log(), rule.momentum)
         reads, end = deep_chunk(
             start, live, key, target, rate.squeeze(-1), decays, rule, initial=Weights(*constants), query=query
         )
