@@ -5,6 +5,8 @@ Laws (streaming, forks, bounds) are in test_self_modifying_laws.py.
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -242,12 +244,24 @@ def test_a_memory_that_does_not_adapt_stays_its_initial_state():
         ({"chunk": 2.5}, "chunk is 2.5, must be a whole number"),
         ({"w1_scale": float("nan")}, "w1_scale is nan"),
         ({"retain_start": 1.0}, "retain_start is 1.0"),
+        ({"retain_start": (0.9, 1.0)}, "must be between 0 and 1, both excluded, or a pair"),
+        ({"rate_start": (0.1, 0.2, 0.3)}, "rate_start is .*or a pair"),
         ({"dgd": "no"}, "dgd is 'no', must be True or False"),
     ],
 )
 def test_bad_configurations_are_named(settings, words):
     with pytest.raises(UserError, match=words):
         build(**settings)
+
+
+def test_a_pair_of_starts_spreads_the_heads_evenly_in_logits():
+    memory = SelfModifyingMemory(
+        SelfModifyingConfig(head_width=4, hidden_width=4, heads=3, rate_start=0.25, retain_start=[0.5, 0.999])
+    )
+    assert torch.allclose(memory.rate_read.bias.sigmoid(), torch.full((3,), 0.25))
+    middle = math.log(0.999 / 0.001) / 2
+    expected = torch.tensor([0.5, 1 / (1 + math.exp(-middle)), 0.999])
+    assert torch.allclose(memory.retain_read.bias.sigmoid(), expected, atol=1e-6)
 
 
 def test_bad_shapes_are_named():

@@ -14,7 +14,6 @@ Letters: B batch, T tokens, H heads, d head width, h hidden width, M memories.
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -36,17 +35,20 @@ _LOG_FLOOR = -30.0  # log α is kept above this: e⁻³⁰ of a write is nothing
 class ReadOut(nn.Module):
     """A scalar per head: ⟨weight, z⟩ + bias, weight (H, d), bias (H,)."""
 
-    def __init__(self, heads: int, width: int, start: float) -> None:
+    def __init__(self, heads: int, width: int, start: float | tuple[float, float]) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(heads, width))
         self.bias = nn.Parameter(torch.empty(heads))
-        self.start = start
+        self.start = start if isinstance(start, tuple) else (start, start)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """sigmoid of the output starts near ``start``."""
+        """sigmoid of the output starts near ``start``; a pair goes from the first head to the last, even in logits."""
         nn.init.normal_(self.weight, std=0.1 * self.weight.shape[-1] ** -0.5)
-        nn.init.constant_(self.bias, math.log(self.start / (1 - self.start)))
+        logits = torch.tensor(self.start).logit()
+        nn.init.zeros_(self.bias)
+        with torch.no_grad():
+            self.bias += logits[0] + torch.linspace(0, 1, len(self.bias)) * (logits[1] - logits[0])
 
 
 class Gates(NamedTuple):

@@ -112,10 +112,10 @@ class HopePreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
-        elif isinstance(module, InitialWeights | ReadOut):
+        elif isinstance(module, InitialWeights):
             module.reset_parameters()
-        elif isinstance(module, CausalConv):
-            # Hugging Face protects loaded weights from the functions of nn.init only; this one also adds.
+        elif isinstance(module, CausalConv | ReadOut):
+            # Hugging Face protects loaded weights from the functions of nn.init only; these also add.
             if not getattr(module.weight, "_is_hf_initialized", False):
                 module.reset_parameters()
         elif isinstance(module, nn.ParameterDict):
