@@ -14,6 +14,7 @@ Letters: B batch, T tokens, H heads, d head width, h hidden width, M memories.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -45,10 +46,9 @@ class ReadOut(nn.Module):
     def reset_parameters(self) -> None:
         """sigmoid of the output starts near ``start``; a pair goes from the first head to the last, even in logits."""
         nn.init.normal_(self.weight, std=0.1 * self.weight.shape[-1] ** -0.5)
-        logits = torch.tensor(self.start).logit()
-        nn.init.zeros_(self.bias)
+        first, last = (math.log(start / (1 - start)) for start in self.start)
         with torch.no_grad():
-            self.bias += logits[0] + torch.linspace(0, 1, len(self.bias)) * (logits[1] - logits[0])
+            self.bias.copy_(torch.linspace(first, last, len(self.bias), device=self.bias.device))
 
 
 class Gates(NamedTuple):

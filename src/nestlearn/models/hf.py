@@ -115,9 +115,7 @@ class HopePreTrainedModel(PreTrainedModel):
         elif isinstance(module, InitialWeights):
             module.reset_parameters()
         elif isinstance(module, CausalConv | ReadOut):
-            # Hugging Face protects loaded weights from the functions of nn.init only; these also add.
-            if not getattr(module.weight, "_is_hf_initialized", False):
-                module.reset_parameters()
+            _reset_what_is_not_loaded(module)
         elif isinstance(module, nn.ParameterDict):
             # Hugging Face visits the modules that hold a parameter themselves, not their owners.
             for owner in self.modules():
@@ -127,6 +125,14 @@ class HopePreTrainedModel(PreTrainedModel):
             nn.init.ones_(module.weight)
         elif isinstance(module, Continuum) and module.weights is not None:
             nn.init.ones_(module.weights)
+
+
+def _reset_what_is_not_loaded(module: CausalConv | ReadOut) -> None:
+    """Hugging Face protects loaded weights from the functions of nn.init only; these modules also copy and add."""
+    loaded = [(p, p.clone()) for p in module.parameters() if getattr(p, "_is_hf_initialized", False)]
+    module.reset_parameters()
+    for parameter, value in loaded:
+        parameter.copy_(value)
 
 
 class HopeForCausalLM(HopePreTrainedModel, GenerationMixin):
