@@ -57,6 +57,7 @@ def make_model(name: str, memory: Mapping[str, Any], width: int = 128, seed: int
             num_attention_heads=4,
             intermediate_size=3 * width,
             levels=[1],
+            initializer_range=width**-0.5,
             memory=settings,
         )
     )
@@ -153,7 +154,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=950)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=1024)
-    parser.add_argument("--rate", type=float, default=2e-3, help="learning rate of AdamW")
+    parser.add_argument("--rate", type=float, default=4e-3, help="learning rate of AdamW")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--held-out", type=int, default=300_000, help="held-out tokens to measure on")
     parser.add_argument(

@@ -244,8 +244,8 @@ def test_a_memory_that_does_not_adapt_stays_its_initial_state():
         ({"chunk": 2.5}, "chunk is 2.5, must be a whole number"),
         ({"w1_scale": float("nan")}, "w1_scale is nan"),
         ({"retain_start": 1.0}, "retain_start is 1.0"),
-        ({"retain_start": (0.9, 1.0)}, "must be between 0 and 1, both excluded, or a pair"),
-        ({"rate_start": (0.1, 0.2, 0.3)}, "rate_start is .*or a pair"),
+        ({"retain_start": (0.9, 1.0)}, "must be between 0 and 1, both excluded, or a list"),
+        ({"rate_start": ()}, "rate_start is .*or a list"),
         ({"dgd": "no"}, "dgd is 'no', must be True or False"),
     ],
 )
@@ -254,14 +254,24 @@ def test_bad_configurations_are_named(settings, words):
         build(**settings)
 
 
-def test_a_pair_of_starts_spreads_the_heads_evenly_in_logits():
-    memory = SelfModifyingMemory(
-        SelfModifyingConfig(head_width=4, hidden_width=4, heads=3, rate_start=0.25, retain_start=[0.5, 0.999])
-    )
-    assert torch.allclose(memory.rate_read.bias.sigmoid(), torch.full((3,), 0.25))
-    middle = math.log(0.999 / 0.001) / 2
-    expected = torch.tensor([0.5, 1 / (1 + math.exp(-middle)), 0.999])
-    assert torch.allclose(memory.retain_read.bias.sigmoid(), expected, atol=1e-6)
+@pytest.mark.parametrize(
+    "start, heads, expected",
+    [
+        (0.25, 3, [0.25, 0.25, 0.25]),
+        ([0.5, 0.999], 1, [0.5]),
+        ([0.5, 0.999], 3, [0.5, math.sqrt(999) / (1 + math.sqrt(999)), 0.999]),  # the mean of the logits
+        ([0.9, 0.9, 0.9, 0.999], 4, [0.9, 0.9, 0.9, 0.999]),
+        ([0.9, 0.9, 0.9, 0.999], 2, [0.9, 0.999]),
+    ],
+)
+def test_several_starts_spread_the_heads_along_them(start, heads, expected):
+    memory = build_heads(heads, rate_start=start, retain_start=start)
+    for read in (memory.rate_read, memory.retain_read):
+        assert torch.allclose(read.bias.sigmoid(), torch.tensor(expected), atol=1e-6)
+
+
+def build_heads(heads: int, **settings) -> SelfModifyingMemory:
+    return SelfModifyingMemory(SelfModifyingConfig(head_width=4, hidden_width=4, heads=heads, **settings))
 
 
 def test_bad_shapes_are_named():

@@ -34,8 +34,8 @@ class SelfModifyingConfig:
     adaptive              which of k, v, eta, alpha adapt; "q" adds an adaptive query memory
     retention, dgd        False: α = 1; False: plain gradient descent
     retain_to             "zero" (the letter) or "initial"
-    rate_start, retain_start   η / rate_max and α for a zero input read-out, each in (0, 1); a pair spreads the heads
-                          from one to the other, evenly in logits: memories of several time scales
+    rate_start, retain_start   η / rate_max and α for a zero input read-out, each in (0, 1); several values spread the
+                          heads along them, in logits: memories of several time scales
     slow_rate_scale       start of rate_scale for k, v, eta, alpha; 1 is the letter
     w1_scale, w2_scale    spread of the initial weights, times 1/sqrt(fan-in)
     detach_writes         stop-gradient inner loop, an option for comparison
@@ -55,8 +55,8 @@ class SelfModifyingConfig:
     retention: bool = True
     dgd: bool = True
     retain_to: str = "zero"
-    rate_start: float | tuple[float, float] = 0.5
-    retain_start: float | tuple[float, float] = 0.9999
+    rate_start: float | tuple[float, ...] = 0.5
+    retain_start: float | tuple[float, ...] = 0.9999
     slow_rate_scale: float = 1.0
     w1_scale: float = 1.0
     w2_scale: float = 1.0
@@ -136,12 +136,13 @@ class SelfModifyingConfig:
         return Part(slice(first, count - 1), self.chunk), Part(slice(count - 1, count), self.memory_length)
 
 
-def _start(name: str, value: object) -> float | tuple[float, float]:
-    """A number in (0, 1) or two of them, a list as JSON has it included."""
-    ends = tuple(value) if isinstance(value, list | tuple) else (value, value)
-    if len(ends) != 2 or not all(0 < _number(name, end) < 1 for end in ends):
-        raise UserError(f"{name} is {value}, must be between 0 and 1, both excluded, or a pair of such numbers")
-    return ends if isinstance(value, list | tuple) else ends[0]
+def _start(name: str, value: object) -> float | tuple[float, ...]:
+    """A number in (0, 1) or several of them, a list as JSON has it included."""
+    several = isinstance(value, list | tuple)
+    values = tuple(value) if several else (value,)
+    if not values or not all(0 < _number(name, v) < 1 for v in values):
+        raise UserError(f"{name} is {value}, must be between 0 and 1, both excluded, or a list of such numbers")
+    return values if several else values[0]
 
 
 def _number(name: str, value: object) -> float:

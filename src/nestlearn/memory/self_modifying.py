@@ -36,19 +36,27 @@ _LOG_FLOOR = -30.0  # log α is kept above this: e⁻³⁰ of a write is nothing
 class ReadOut(nn.Module):
     """A scalar per head: ⟨weight, z⟩ + bias, weight (H, d), bias (H,)."""
 
-    def __init__(self, heads: int, width: int, start: float | tuple[float, float]) -> None:
+    def __init__(self, heads: int, width: int, start: float | tuple[float, ...]) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(heads, width))
         self.bias = nn.Parameter(torch.empty(heads))
-        self.start = start if isinstance(start, tuple) else (start, start)
+        self.start = start if isinstance(start, tuple) else (start,)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """sigmoid of the output starts near ``start``; a pair goes from the first head to the last, even in logits."""
+        """sigmoid of the output starts near ``start``, the heads along the line through its values, in logits."""
         nn.init.normal_(self.weight, std=0.1 * self.weight.shape[-1] ** -0.5)
-        first, last = (math.log(start / (1 - start)) for start in self.start)
+        logits = [math.log(start / (1 - start)) for start in self.start]
         with torch.no_grad():
-            self.bias.copy_(torch.linspace(first, last, len(self.bias), device=self.bias.device))
+            for head, logit in enumerate(_along(logits, len(self.bias))):
+                self.bias[head] = logit
+
+
+def _along(values: list[float], count: int) -> list[float]:
+    """``count`` points, evenly from the first value to the last on the line through all of them; the first for one."""
+    at = [i * (len(values) - 1) / max(1, count - 1) for i in range(count)]
+    pairs = [(values[int(a)], values[min(int(a) + 1, len(values) - 1)]) for a in at]
+    return [low + (a - int(a)) * (high - low) for a, (low, high) in zip(at, pairs, strict=True)]
 
 
 class Gates(NamedTuple):

@@ -16,15 +16,19 @@ from nestlearn.memory.self_modifying import SelfModifyingConfig
 from nestlearn.models.continuum import CONNECTIONS, split_hidden
 from nestlearn.models.hope import MIXERS, Shape
 
-# What HOPE's memories start from where the paper is silent; LOG.md has the comparisons behind these values. Writing to
-# w2 changes the features that earlier writes to w1 were stored under. So features start large and the rate small (gain
-# times squared input is then near 0.6 in w1, 0.3 in w2), and w1 starts small, which keeps every M near the identity.
+# What HOPE's memories start from where the paper is silent; LOG.md has the comparisons behind these values.
+# A write takes from the trained initial weights what they hold along its key. Retention towards them (``retain_to``)
+# gives it back, at 1 − α per token. Heads that write as much as these (η = 0.5: gain times squared input is near 0.6 in
+# w1, 0.3 in w2) must forget fast to keep what was trained; the last head is for what is longer ago. Writing to w2
+# changes the features that earlier writes to w1 were stored under: so features start large. w1 starts small, which
+# keeps every M near the identity.
 HOPE_MEMORY: dict[str, Any] = {
     "chunk": 64,
     "momentum": 0.0,
     "rate_max": 4.0,
     "rate_start": 0.125,
-    "retain_start": 0.9999,
+    "retain_start": (0.9, 0.9, 0.9, 0.985),
+    "retain_to": "initial",
     "slow_rate_scale": 0.02,
     "w1_scale": 0.05,
     "w2_scale": 3.0,
@@ -40,6 +44,8 @@ class HopeConfig(PreTrainedConfig):
     levels             Level objects, dicts, (name, period) pairs or periods in tokens, fastest first
     connection         "sequential", "nested" or "independent"
     mixer              "self_modifying" (HOPE), "attention" (Hope-Attention) or "gated_delta"
+    initializer_range  standard deviation of the outer weights at the start; a narrow model learns faster from
+                       hidden_size^(−1/2), as the preset tiny-cpu has it (LOG.md)
     memory             settings of SelfModifyingConfig that differ from the defaults; hidden_width defaults to the head
                        width. Kept and saved in full, so that a checkpoint does not depend on the defaults of its reader
     """
