@@ -27,12 +27,20 @@ from nestlearn.data.tokens import load_tokenizer, tokenize
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks.quality.common import about
 
-FULL = {"rate_max": 8.0, "rate_start": 0.5, "w1_scale": 1.0, "w2_scale": 1.0}
+FULL = {
+    "rate_max": 8.0,
+    "rate_start": 0.5,
+    "retain_to": "zero",
+    "retain_start": 0.9999,
+    "w1_scale": 1.0,
+    "w2_scale": 1.0,
+}
 ROWS: dict[str, dict[str, Any]] = {
     "HOPE's defaults": {},
     "targets as in the letter": {"target_norm": "none"},
+    "retention towards zero, 0.9999": {"retain_to": "zero", "retain_start": 0.9999},
     "one rate for all five memories": {"slow_rate_scale": 1.0},
-    "rate 4, w1 and w2 at scale 1": FULL,
+    "rate 4, scales 1, retention towards zero": FULL,
     "the same, one rate for all five": {**FULL, "slow_rate_scale": 1.0},
     "the same, targets as in the letter": {**FULL, "target_norm": "none"},
     "letter: l2, own targets, one rate 0.25": {
