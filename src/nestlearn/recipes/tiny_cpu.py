@@ -18,6 +18,7 @@ def tiny_cpu() -> TrainConfig:
                 {"name": "slow", "period": 32_768, "hidden_size": 64},
             ],
             "memory": {"hidden_width": 32},
+            "initializer_range": 128**-0.5,
         },
         tokens=850_000,
         batch_size=4,
