@@ -33,3 +33,15 @@ def newton_schulz(x: Tensor, steps: int = 5, *, eps: float = EPS) -> Tensor:
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     x = x.reshape(wide.shape)
     return x.mT if tall else x
+
+
+def orthogonal(x: Tensor, steps: int, dtype: torch.dtype | None = None) -> Tensor:
+    """``newton_schulz`` with its products in ``product_dtype``, and a result in that dtype."""
+    return newton_schulz(x.to(product_dtype(x, dtype)), steps)
+
+
+def product_dtype(x: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    """dtype, or where it is None: bfloat16, in which Muon publishes the iteration, but float64 for x in float64."""
+    if dtype is not None:
+        return dtype
+    return torch.float64 if x.dtype == torch.float64 else torch.bfloat16

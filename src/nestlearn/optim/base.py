@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from nestlearn.errors import UserError
 from nestlearn.optim.adamw import ADAMW_DEFAULTS, adamw_initial, adamw_update, check_adamw
-from nestlearn.optim.checks import FiniteGate, check_choice, check_gradient, check_number, check_parameter
+from nestlearn.optim.checks import FiniteGate, check_choice, check_count, check_gradient, check_number, check_parameter
 from nestlearn.optim.matrices import local, pack, stack, unpack, whole
 
 DEFAULTS = {"weight_decay": 0.0, "maximize": False, "rule": "memory", "steps": 0} | ADAMW_DEFAULTS
@@ -96,6 +96,8 @@ class MemoryOptimizer(Optimizer):
     @torch.compiler.disable(recursive=False)  # the rules are compiled, the bookkeeping around them is not
     def step(self, closure: Callable[[], Any] | None = None, *, tokens: int | None = None) -> Any:  # pyright: ignore
         """One step. Returns the closure's value. tokens behind it: for an optimizer whose period is in tokens."""
+        if tokens is not None:
+            check_count("step", "tokens", tokens)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -107,9 +109,20 @@ class MemoryOptimizer(Optimizer):
                 self._step_bucket(group, parameters, finite.get(parameters[0].device), tokens)
         return loss
 
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's, without the functions that a group was given: whoever loads it gives them again."""
+        saved = super().state_dict()
+        for group in saved["param_groups"]:
+            for name in [name for name, value in group.items() if callable(value)]:
+                del group[name]
+        return saved
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch does, but the state keeps its dtype: torch would cast it to the parameter's."""
+        """As torch does, but the state keeps its dtype, which torch would cast to the parameter's."""
+        before = self.param_groups
         super().load_state_dict(state_dict)
+        for group, own in zip(self.param_groups, before, strict=True):
+            group.update({name: value for name, value in own.items() if name not in group})
         saved = [index for group in state_dict["param_groups"] for index in group["params"]]
         ours = [p for group in self.param_groups for p in group["params"]]
         for index, p in zip(saved, ours, strict=True):

@@ -32,12 +32,12 @@ def check_decay(where: str, name: str, value: Any) -> None:
         raise UserError(f"{where}: {name} is {value!r}, must be in [0, 1): 1 would never forget")
 
 
-def check_betas(where: str, name: str, values: Any, *, count: int) -> None:
-    """So many numbers in [0, 1)."""
+def check_betas(where: str, name: str, values: Any, *, count: int, decays: bool = True) -> None:
+    """So many numbers: decays in [0, 1), or weights >= 0."""
     if not isinstance(values, tuple | list) or len(values) != count:
-        raise UserError(f"{where}: {name} is {values!r}, must be {count} numbers in [0, 1)")
+        raise UserError(f"{where}: {name} is {values!r}, must be {count} numbers")
     for i, value in enumerate(values):
-        check_decay(where, f"{name}[{i}]", value)
+        check_decay(where, f"{name}[{i}]", value) if decays else check_number(where, f"{name}[{i}]", value, low=0)
 
 
 def check_count(where: str, name: str, value: Any) -> None:
@@ -51,6 +51,12 @@ def check_choice(where: str, name: str, value: Any, choices: Iterable[str]) -> N
     if value not in choices:
         near = suggest(value, choices) if isinstance(value, str) else ""
         raise UserError(f"{where}: {name} is {value!r}, must be one of {', '.join(map(repr, choices))}{near}")
+
+
+def check_product_dtype(where: str, name: str, value: Any) -> None:
+    """None or a dtype in which matrices are multiplied."""
+    if value is not None and not (isinstance(value, torch.dtype) and value.is_floating_point):
+        raise UserError(f"{where}: {name} is {value!r}, must be None or a dtype such as torch.bfloat16")
 
 
 def check_parameter(name: str, p: Tensor, *, matrix: bool) -> None:
