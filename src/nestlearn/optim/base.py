@@ -139,7 +139,7 @@ class MemoryOptimizer(Optimizer):
         for at, group in enumerate(self.param_groups):
             for index, p in enumerate(group["params"]):
                 if p is parameter:
-                    return repr(group["param_names"][index]) if "param_names" in group else f"{index} of group {at}"
+                    return _names(group, at)[index]
         raise KeyError("not a parameter of this optimizer")
 
     def _check_group(self, group: dict[str, Any], where: str) -> None:
@@ -156,8 +156,7 @@ class MemoryOptimizer(Optimizer):
         """All that this step will use, each with its parameter's name."""
         found = []
         for at, group in enumerate(self.param_groups):
-            names = group.get("param_names") or [f"{index} of group {at}" for index in range(len(group["params"]))]
-            for name, p in zip(names, group["params"], strict=True):
+            for name, p in zip(_names(group, at), group["params"], strict=True):
                 if has_gradient(p):
                     check_gradient(name, p.grad)
                     found.append((name, p.grad))
@@ -207,16 +206,26 @@ class MemoryOptimizer(Optimizer):
 
     @torch.compiler.disable()
     def _store(self, bucket: Bucket) -> None:
+        """Into new dicts: a ``state_dict()`` that somebody holds stays what it was."""
+        own: list[dict[str, Any]] = [{} for _ in bucket.parameters]
         for name, value in bucket.state.items():
             is_int = not isinstance(value, Tensor)
-            values = [value] * len(bucket.parameters) if is_int else unpack(value, bucket.parameters)
-            for p, own in zip(bucket.parameters, values, strict=True):
-                self.state[p][name] = own
+            values = [value] * len(own) if is_int else unpack(value, bucket.parameters)
+            for state, part in zip(own, values, strict=True):
+                state[name] = part
+        for p, state in zip(bucket.parameters, own, strict=True):
+            self.state[p] = self.state[p] | state
 
 
 def has_gradient(p: Tensor) -> bool:
     """Whether a step moves it: frozen, untouched and empty parameters, and their state, stay as they are."""
     return p.requires_grad and p.grad is not None and p.numel() > 0
+
+
+def _names(group: dict[str, Any], at: int) -> list[str]:
+    if "param_names" in group:
+        return [repr(name) for name in group["param_names"]]
+    return [f"{index} of group {at}" for index in range(len(group["params"]))]
 
 
 def _join(values: list[Any], parameters: list[Tensor]) -> Any:

@@ -62,7 +62,7 @@ def pack(values: list[Tensor], parameters: list[Tensor]) -> Tensor:
 def unpack(stacked: Tensor, parameters: list[Tensor]) -> list[Tensor]:
     """The inverse of ``pack``: views, one for each parameter, of its own shape (and sharding) where they are matrices
     of its size, else (heads, …) for a stack of matrices and without the leading 1 for one matrix."""
-    parts = stacked.chunk(len(parameters))
+    parts = stacked.contiguous().chunk(len(parameters))
     return [_own(part, p) for part, p in zip(parts, parameters, strict=True)]
 
 
