@@ -1,7 +1,8 @@
 """Truths for the proximal step of a batch, argmin_P  sum_b s/2 |P x_b + u_b|^2 + 1/(2 rate) |P - W|_F^2.
 
-``joint`` stacks the problem as one ordinary least-squares problem and hands it to a QR; ``recursive`` visits the samples
-one at a time and carries the inverse of the information so far (recursive least squares); ``by_gradient`` minimises.
+``joint`` stacks the problem as one ordinary least-squares problem and hands it to a QR; ``recursive`` visits the
+samples one at a time and carries the inverse of the information so far (recursive least squares); ``by_gradient``
+minimises.
 No Gram matrix, no Woodbury, no Cholesky factor.
 """
 
@@ -48,3 +49,30 @@ def step(weight, momentum, inputs, errors, *, rate, share, mu=0.0, weight_decay=
     momentum = mu * momentum + joint(empty, inputs, errors, rate, share)
     forgotten = joint(weight, inputs, nothing, rate, share)
     return forgotten - rate * weight_decay * weight + momentum, momentum
+
+
+SCALE = 32.0  # a power of two: exact in every dtype
+
+
+def samples(gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """Inputs (N, in) and errors as autograd gives them (N, out) with this gradient, errors^T inputs. Batched."""
+    eye = torch.eye(gradient.shape[-2], dtype=gradient.dtype).expand(*gradient.shape[:-2], -1, -1)
+    return SCALE * gradient, eye / SCALE
+
+
+def path(weight, gradients, *, lr, momentum=0.0, reduction="mean", batch="joint", weight_decay=0.0) -> Tensor:
+    """One matrix after these steps, each on the ``samples`` of its gradient."""
+    m = torch.zeros_like(weight)
+    for g in gradients:
+        inputs, errors = samples(g)
+        share = 1 / len(inputs) if reduction == "mean" else 1.0
+        errors = errors / share
+        if batch == "joint":
+            how = {"rate": lr, "share": share, "mu": momentum, "weight_decay": weight_decay}
+            weight, m = step(weight, m, inputs, errors, **how)
+        else:
+            before = weight
+            for x, u in zip(inputs, errors, strict=True):
+                weight, m = step(weight, m, x[None], u[None], rate=lr * share, share=1.0, mu=momentum)
+            weight = weight - lr * weight_decay * before
+    return weight

@@ -11,7 +11,7 @@ from torch import Tensor
 
 def objective(w1: Tensor, w2: Tensor, rows: list[Tensor], features, kind: str, share: float) -> Tensor:
     """share times the sum over rows; the value of a row u is -u."""
-    total = torch.zeros((), dtype=torch.float64)
+    total = torch.zeros((), dtype=w1.dtype)
     for u in rows:
         answer = w1 @ torch.tanh(w2 @ features(u))
         value = -u
@@ -48,8 +48,23 @@ def shaped(step: Tensor, output: str, ns_steps: int, normalised: bool) -> Tensor
     return torch.tanh(step) if output == "tanh" else step
 
 
-def step(weights: list[Tensor], grads: list[Tensor], memory: dict, start: dict, *, lr, hidden, decay, memory_lr,
-         objective="l2", output="none", features=lambda u: u, normalised=True, ns_steps=5, weight_decay=0.0):  # fmt: skip
+def step(
+    weights,
+    grads: list[Tensor],
+    memory: dict,
+    start: dict,
+    *,
+    lr,
+    hidden=64,
+    decay=0.9,
+    memory_lr=1.0,
+    objective="l2",
+    output="none",
+    features=lambda u: u,
+    normalised=True,
+    ns_steps=5,
+    weight_decay=0.0,
+):
     """Weights after one step, and the memory. All have as many columns; ``start`` is the home of the decay."""
     units = []
     for g in grads:
@@ -65,3 +80,25 @@ def step(weights: list[Tensor], grads: list[Tensor], memory: dict, start: dict, 
         change = lr * (0.2 if normalised else 1.0) * shaped(answer, output, ns_steps, normalised)
         new.append((1 - lr * weight_decay) * w + change)
     return new, memory
+
+
+def unit(u: Tensor) -> Tensor:
+    return u / u.norm()
+
+
+def path(weights, gradients, *, hidden=64, seed=0, feature_map=None, scale="rms", **settings) -> list[Tensor]:
+    """The weights after these steps: matrices with as many columns share a memory."""
+    features = {None: lambda u: u, "unit": unit}.get(feature_map, feature_map)
+    settings |= {"hidden": hidden, "features": features, "normalised": scale == "rms"}
+    weights = list(weights)
+    for columns in {w.shape[1] for w in weights}:
+        mine = [i for i, w in enumerate(weights) if w.shape[1] == columns]
+        keys = len(features(gradients[0][mine[0]][0]))
+        drawn = torch.randn(hidden, keys, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        start = memory = {"w1": torch.zeros(columns, hidden, dtype=torch.float64), "w2": drawn}
+        for grads in gradients:
+            own = [weights[i] for i in mine]
+            new, memory = step(own, [grads[i] for i in mine], memory, start, **settings)
+            for i, w in zip(mine, new, strict=True):
+                weights[i] = w
+    return weights

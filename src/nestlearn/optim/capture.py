@@ -9,8 +9,8 @@ The forward pass belongs inside: a gradient alone does not say which inputs it c
 the *backward* pass reaches it, so evaluations inside the context leave no trace, and several backward passes (gradient
 accumulation, a layer used twice) add up. Inputs of shape (…, in) count as their rows.
 
-Memory: no copy is made. A layer's input, (rows, in), is kept alive from its backward pass to the optimizer's ``step`` or
-``zero_grad``; without this, autograd would free it after the backward pass. ``errors=True`` keeps (rows, out) as well.
+Memory: no copy is made. A layer's input, (rows, in), which autograd would free after the backward pass, is kept alive
+until the optimizer's ``step`` or ``zero_grad``; ``errors=True`` keeps (rows, out) as well.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from nestlearn.errors import UserError
 
 @dataclass
 class Captured:
-    """Of one weight (out, in): pieces of inputs (rows, in) and errors (rows, out), in the order of the passes."""
+    """Of one weight of n matrices: pieces of inputs (n, rows, in) and errors (n, rows, out), pass by pass."""
 
     inputs: list[Tensor] = field(default_factory=list)
     errors: list[Tensor] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)
 
     def joined(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-        """(inputs X (N, in), errors (N, out) or None)."""
+        """(inputs X (n, N, in), errors (n, N, out) or None)."""
         if any(x._version != version for x, version in zip(self.inputs, self.versions, strict=True)):
             raise UserError("a captured input was overwritten before the optimizer's step: pass the model a copy of it")
-        errors = torch.cat(self.errors).to(dtype) if self.errors else None
-        return torch.cat(self.inputs).to(dtype), errors
+        errors = torch.cat(self.errors, dim=1).to(dtype) if self.errors else None
+        return torch.cat(self.inputs, dim=1).to(dtype), errors
 
 
 _captured = WeakTensorKeyDictionary()  # weight → Captured; like .grad, it waits for the optimizer
@@ -54,7 +54,7 @@ def capture_inputs(model: nn.Module, *, errors: bool = False) -> Iterator[None]:
     """
     layers = [m for m in model.modules() if isinstance(m, nn.Linear) and m.weight.requires_grad]
     if not layers:
-        raise UserError(f"capture_inputs: {type(model).__name__} has no trained nn.Linear: DGD has nothing to learn from")
+        raise UserError(f"capture_inputs: {type(model).__name__} has no trained nn.Linear, so nothing to capture")
     # The weights of now: within a forward pass fully_shard puts others in their place.
     handles = [m.register_forward_hook(_hook(m.weight, errors), with_kwargs=True) for m in layers]
     try:
@@ -65,19 +65,27 @@ def capture_inputs(model: nn.Module, *, errors: bool = False) -> Iterator[None]:
 
 
 def record_inputs(weight: Tensor, inputs: Tensor, errors: Tensor | None = None) -> None:
-    """By hand, for a weight used outside ``nn.Linear``: inputs (…, in), and the gradients at the outputs (…, out)."""
-    captured = _captured.setdefault(weight, Captured())
-    rows = inputs.detach().reshape(-1, inputs.shape[-1])
+    """By hand, for a weight used outside ``nn.Linear``: inputs (…, in), and the gradients at the outputs (…, out).
+
+    For a stack of matrices (n, out, in): (n, …, in) and (n, …, out). For a convolution, its unfolded patches.
+    """
+    count = weight.shape[0] if weight.ndim == 3 else 1
+    if weight not in _captured:
+        _captured[weight] = Captured()
+    captured = _captured[weight]
+    rows = inputs.detach().reshape(count, -1, inputs.shape[-1])
     captured.inputs.append(rows)
     captured.versions.append(rows._version)
     if errors is not None:
-        captured.errors.append(errors.detach().reshape(-1, errors.shape[-1]))
+        captured.errors.append(errors.detach().reshape(count, -1, errors.shape[-1]))
 
 
+@torch.compiler.disable()
 def captured_for(weight: Tensor) -> Captured | None:
     return _captured.get(weight)
 
 
+@torch.compiler.disable()
 def forget_inputs(weight: Tensor) -> None:
     _captured.pop(weight, None)
 

@@ -30,22 +30,21 @@ JITTER = 8  # roundings of the trace
 
 
 def absorbed(rows: Tensor, inputs: Tensor, c: float | Tensor) -> Tensor:
-    """rows (k, in) times I − D, for inputs X (N, in) and c = η s >= 0; a solve of the smaller of N and in."""
-    if inputs.shape[0] >= inputs.shape[1]:
+    """rows (…, k, in) times I − D, for inputs X (…, N, in) and c = η s >= 0; a solve of the smaller of N and in."""
+    if inputs.shape[-2] >= inputs.shape[-1]:
         return absorbed_by_gram(rows, c * (inputs.mT @ inputs))
-    reads = c * (rows @ inputs.mT)
-    return _solve(c * (inputs @ inputs.mT), reads) @ inputs
+    return _solve(c * (inputs @ inputs.mT), c * (rows @ inputs.mT)) @ inputs
 
 
 def absorbed_by_gram(rows: Tensor, gram: Tensor) -> Tensor:
-    """The same from gram = c XᵀX (in, in), for batches spread over processes: a sum of Grams is a Gram."""
+    """The same from gram = c XᵀX (…, in, in), for batches spread over processes: a sum of Grams is a Gram."""
     return _solve(gram, rows @ gram)
 
 
 def _solve(gram: Tensor, rows: Tensor) -> Tensor:
     """rows (I + gram)⁻¹."""
-    diagonal = gram.diagonal()
-    jitter = JITTER * torch.finfo(gram.dtype).eps * diagonal.sum()
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    jitter = JITTER * torch.finfo(gram.dtype).eps * diagonal.sum(-1, keepdim=True)
     factor, _ = torch.linalg.cholesky_ex(gram + torch.diag_embed((1 + jitter).expand_as(diagonal)))
     return torch.cholesky_solve(rows.mT, factor).mT
 
@@ -53,9 +52,9 @@ def _solve(gram: Tensor, rows: Tensor) -> Tensor:
 def dgd_batch(
     weight: Tensor, momentum: Tensor, grad: Tensor, rate: float | Tensor, mu: float, absorb: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """(W⁺ − W, m⁺). weight, momentum, grad (out, in); mu in [0, 1); absorb: rows ↦ rows (I − D), from this rate."""
+    """(W⁺ − W, m⁺). weight, momentum, grad (…, out, in); mu in [0, 1); absorb: rows ↦ rows (I − D), of this rate."""
     step = rate * grad
-    from_weight, from_step = absorb(torch.cat([weight, step])).split(len(weight))
+    from_weight, from_step = absorb(torch.cat([weight, step], dim=-2)).split(weight.shape[-2], dim=-2)
     momentum = mu * momentum - (step - from_step)
     return momentum - from_weight, momentum
 
@@ -65,9 +64,9 @@ def dgd_in_turn(
 ) -> tuple[Tensor, Tensor]:
     """(W⁺ − W, m⁺) when the samples are written one after the other, each by ``rules/dgd.py`` at the rate η s.
 
-    inputs (N, in); errors s u_b (N, out), as autograd gives them; share s. The order matters, to second order in η.
+    inputs (…, N, in); errors s u_b (…, N, out) as autograd gives them; share s. The order matters, in η².
     """
-    state, one = weight, torch.ones((), dtype=weight.dtype, device=weight.device)
-    for x, error in zip(inputs, errors, strict=True):
+    state, one = weight, weight.new_ones(weight.shape[:-2])
+    for x, error in zip(inputs.unbind(-2), errors.unbind(-2), strict=True):
         state, momentum = dgd_momentum(state, momentum, x, error / share, rate * share * one, one, mu)
     return state - weight, momentum

@@ -16,8 +16,8 @@ direction. From w1 = 0 the first recall is one exactly, whatever φ and w2 are, 
 Two sets of units:
 * normalised (the optimizer's default): each matrix' rows divided by their root mean square length, s = 1/(rows ·
   hidden), m₀ the initial weights. tanh is bounded by 1, so ‖w1‖ <= η / (1 − α) for "dot" at every rate, and "l2" is a
-  contraction in w1 for η < 2. tanh is odd and there is no bias: a gradient of the opposite sign recalls the opposite step,
-  a gradient of zero no step.
+  contraction in w1 for η < 2. tanh is odd and there is no bias: the opposite gradient recalls the opposite step, a
+  gradient of zero no step.
 * the letter: u = g as it is, s = 1, m₀ = 0. Decaying w2 to zero, too, ends in a saddle at m = 0.
 """
 
@@ -49,7 +49,15 @@ def recall(memory: Memory, keys: Tensor) -> Tensor:
 
 
 def learn(
-    memory: Memory, keys: Tensor, grads: Tensor, *, rate: float, decay: float, objective: str, share: float, start: Memory
+    memory: Memory,
+    keys: Tensor,
+    grads: Tensor,
+    *,
+    rate: float,
+    decay: float,
+    objective: str,
+    share: float,
+    start: Memory,
 ) -> Memory:
     """One step of the memory on L⁽²⁾. keys φ(u) (rows, keys); grads u (rows, in); share s > 0; start m₀."""
     hidden = torch.tanh(keys @ memory.w2.mT)
@@ -60,9 +68,13 @@ def learn(
 
 
 def unit_rows(grads: Tensor) -> Tensor:
-    """Matrices (…, out, in) over the root mean square length of their rows; zero stays zero."""
-    mean = torch.linalg.vector_norm(grads, dim=(-2, -1), keepdim=True) / grads.shape[-2] ** 0.5
-    return grads / (mean + torch.finfo(grads.dtype).tiny)
+    """Matrices (…, out, in) over the root mean square length of their rows; zero stays zero.
+
+    Through the largest entry first, so that no square over- or underflows: every finite gradient has a direction.
+    """
+    grads = grads / (grads.abs().amax((-2, -1), keepdim=True) + torch.finfo(grads.dtype).tiny)
+    length = torch.linalg.matrix_norm(grads, keepdim=True) / grads.shape[-2] ** 0.5
+    return grads / (length + TINY)
 
 
 def unit_step(recalled: Tensor, output: str, ns_steps: int) -> Tensor:
@@ -83,7 +95,7 @@ def literal_step(recalled: Tensor, output: str, ns_steps: int) -> Tensor:
 
 def unit_keys(grads: Tensor) -> Tensor:
     """φ(u) = u / ‖u‖, row by row: a rare small row is remembered as well as a large one."""
-    return grads / (torch.linalg.vector_norm(grads, dim=-1, keepdim=True) + torch.finfo(grads.dtype).tiny)
+    return grads / (torch.linalg.vector_norm(grads, dim=-1, keepdim=True) + TINY)
 
 
 def signed_sqrt_keys(grads: Tensor) -> Tensor:
