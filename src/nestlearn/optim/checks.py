@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial
 
 from nestlearn.errors import UserError, suggest
 
@@ -114,9 +114,13 @@ class FiniteGate:
 
 
 def _largest(grad: Tensor) -> Tensor:
-    """max |g|: unlike a norm it overflows for no finite gradient. The same on every rank."""
-    peak = torch.linalg.vector_norm(grad, math.inf)
-    return peak.full_tensor() if isinstance(peak, DTensor) else peak
+    """max |g|: unlike a norm it overflows for no finite gradient. The same on every rank that holds a part of g."""
+    if not isinstance(grad, DTensor):
+        return torch.linalg.vector_norm(grad, math.inf)
+    part = grad.to_local()
+    peak = torch.linalg.vector_norm(part, math.inf) if part.numel() else part.new_zeros(())
+    peak = peak.nan_to_num(nan=math.inf, posinf=math.inf)  # a maximum over ranks may drop a nan
+    return DTensor.from_local(peak, grad.device_mesh, [Partial("max")] * grad.device_mesh.ndim).full_tensor()
 
 
 def _raise_if_not_finite(peaks: Tensor, names: Iterable[str], step: int) -> None:
