@@ -115,7 +115,8 @@ def bfloat16_has_float32_state(member: Member) -> None:
         for p in ps:
             dtypes = {name: v.dtype for name, v in state[p].items() if isinstance(v, Tensor)}
             held = dtypes.pop("slow_direction", None)  # of M3: it is what Newton–Schulz returned, in its own dtype
-            assert set(dtypes.values()) == {torch.float32} and held in (None, torch.bfloat16), dtypes
+            assert held in (None, torch.bfloat16), dtypes
+            assert set(dtypes.values()) == {torch.float32} or (member.shared and p is not ps[0] and not dtypes), dtypes
 
 
 def reloaded(member: Member, optimizer: Any, ps: Run) -> Any:
@@ -224,7 +225,10 @@ def leaves_alone_what_has_no_gradient(member: Member) -> None:
     for number in range(4):
         member.feed(optimizer, ps[1], gradient(number, 1, ps[1]))
         optimizer.step()
-    assert torch.equal(ps[0], held) and all(optimizer.state[ps[0]][name] is state[name] for name in state)
+    own = {"step"} if member.shared else set(state)
+    assert torch.equal(ps[0], held) and all(optimizer.state[ps[0]][name] is state[name] for name in own)
+    if member.shared:
+        return
     alone = parameters([(4, 5), (4, 5)])[1:]
     late = member.build(alone, weight_decay=0.3)
     for number in range(4):

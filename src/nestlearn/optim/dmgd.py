@@ -140,7 +140,7 @@ def _same(rows: Tensor) -> Tensor:
 
 
 def _row_class(p: Tensor) -> tuple:
-    columns = p.shape[-1] if p.ndim <= 3 else p[0].numel()
+    columns = p.shape[-1] if p.ndim <= 3 else p.shape[1:].numel()
     return (columns, torch.promote_types(p.dtype, torch.float32), p.device)
 
 
