@@ -20,7 +20,7 @@ from nestlearn.rules.dgd_batch import absorbed, absorbed_by_gram, dgd_batch, dgd
 class InputOptimizer(MemoryOptimizer):
     """An optimizer that needs each weight's inputs as well as its gradient; see ``capture_inputs``.
 
-    Raises UserError, before anything is changed, for a weight with a gradient and no captured inputs.
+    Raises UserError, before anything is changed, for a weight with a gradient and no captured inputs, unless lr is 0.
     """
 
     def _needs_inputs(self, group: dict[str, Any]) -> bool:
@@ -48,18 +48,20 @@ class InputOptimizer(MemoryOptimizer):
         for group in self.param_groups:
             for p in group["params"] if self._needs_inputs(group) else ():
                 if p.requires_grad and p.grad is not None:
-                    self._check_captured(p, self._needs_errors(group))
+                    self._check_captured(group, p)
         return super()._gradients()
 
     @torch.compiler.disable()
-    def _check_captured(self, p: Tensor, needs_errors: bool) -> None:
+    def _check_captured(self, group: dict[str, Any], p: Tensor) -> None:
         captured = captured_for(p)
+        if captured is None and float(group["lr"]) == 0:
+            return  # it moves nothing; torch.distributed.checkpoint steps so to have a state to load into
         if captured is None:
             raise UserError(
                 f"parameter {self.name_of(p)} has a gradient but no captured inputs: run its forward and backward pass "
                 'inside `with capture_inputs(model):`; a weight of no nn.Linear belongs in a group with rule="adamw"'
             )
-        if needs_errors and len(captured.errors) != len(captured.inputs):
+        if self._needs_errors(group) and len(captured.errors) != len(captured.inputs):
             raise UserError(
                 f"parameter {self.name_of(p)} has no captured output gradients: use capture_inputs(model, errors=True)"
             )
@@ -68,7 +70,8 @@ class InputOptimizer(MemoryOptimizer):
     def _seen(self, p: Tensor, like: Tensor) -> tuple[Tensor, Tensor | None]:
         """Inputs (n, N, in) and errors (n, N, out) of this process, for a parameter of n matrices."""
         captured = captured_for(p)
-        assert captured is not None
+        if captured is None:
+            return like.new_zeros(len(like), 1, like.shape[2]), like.new_zeros(len(like), 1, like.shape[1])
         return captured.joined(like.dtype)
 
 
