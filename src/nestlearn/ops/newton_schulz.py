@@ -16,6 +16,7 @@ from torch import Tensor
 
 QUINTIC = (3.4445, -4.7750, 2.0315)  # steepest at zero; it does not converge to one, it stays near it
 EPS = 1e-7
+CPU_BATCHED = 2**16  # entries from which a CPU multiplies one matrix at a time faster than a batch
 
 
 def newton_schulz(x: Tensor, steps: int = 5, *, eps: float = EPS) -> Tensor:
@@ -23,16 +24,23 @@ def newton_schulz(x: Tensor, steps: int = 5, *, eps: float = EPS) -> Tensor:
 
     steps  T, >= 1        eps  ε, > 0, keeps a matrix of zeros finite
     """
-    a, b, c = QUINTIC
     tall = x.shape[-2] > x.shape[-1]
     wide = x.mT if tall else x
-    x = wide.reshape(-1, *wide.shape[-2:])
+    batch = wide.reshape(-1, *wide.shape[-2:])
+    one_by_one = batch.device.type == "cpu" and batch[0].numel() >= CPU_BATCHED
+    done = torch.stack([_iterate(m, steps, eps) for m in batch]) if one_by_one else _iterate(batch, steps, eps)
+    done = done.reshape(wide.shape)
+    return done.mT if tall else done
+
+
+def _iterate(x: Tensor, steps: int, eps: float) -> Tensor:
+    """x (out, in) or (n, out, in), out <= in."""
+    (a, b, c), multiply_add = QUINTIC, torch.addmm if x.ndim == 2 else torch.baddbmm
     x = x / (torch.linalg.matrix_norm(x, keepdim=True) + eps)
     for _ in range(steps):
         gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    x = x.reshape(wide.shape)
-    return x.mT if tall else x
+        x = multiply_add(x, multiply_add(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x
 
 
 def orthogonal(x: Tensor, steps: int, dtype: torch.dtype | None = None) -> Tensor:

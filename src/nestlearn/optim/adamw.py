@@ -31,6 +31,6 @@ def adamw_update(group: dict[str, Any], bucket: Bucket) -> Tensor:
     beta1, beta2 = group["betas_adamw"]
     state, g = bucket.state, bucket.grad
     state["mean"] = torch.lerp(state["mean"], g, 1 - beta1)
-    state["variance"] = torch.addcmul(beta2 * state["variance"], g, g, value=1 - beta2)
+    state["variance"] = (beta2 * state["variance"]).addcmul_(g, g, value=1 - beta2)
     root = (state["variance"] / bucket.correction(beta2)).sqrt_().add_(group["eps_adamw"])
     return (state["mean"] / bucket.correction(beta1)).div_(root).mul_(-group["lr"])

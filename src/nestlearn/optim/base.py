@@ -24,7 +24,7 @@ from nestlearn.optim.matrices import local, pack, stack, unpack, whole
 
 DEFAULTS = {"weight_decay": 0.0, "maximize": False, "rule": "memory", "steps": 0} | ADAMW_DEFAULTS
 # Elements of one bucket: on a CPU temporaries should stay in the cache, on an accelerator launches should be few.
-CPU_ELEMENTS, DEVICE_ELEMENTS = 2**20, 2**26
+CPU_ELEMENTS, DEVICE_ELEMENTS = 2**18, 2**26
 
 
 @dataclass

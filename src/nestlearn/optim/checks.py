@@ -115,10 +115,11 @@ class FiniteGate:
 
 def _largest(grad: Tensor) -> Tensor:
     """max |g|: unlike a norm it overflows for no finite gradient. The same on every rank that holds a part of g."""
+    part = grad.to_local() if isinstance(grad, DTensor) else grad
+    low, high = torch.aminmax(part) if part.numel() else (part.new_zeros(()), part.new_zeros(()))
+    peak = torch.maximum(-low, high)
     if not isinstance(grad, DTensor):
-        return torch.linalg.vector_norm(grad, math.inf)
-    part = grad.to_local()
-    peak = torch.linalg.vector_norm(part, math.inf) if part.numel() else part.new_zeros(())
+        return peak
     peak = peak.nan_to_num(nan=math.inf, posinf=math.inf)  # a maximum over ranks may drop a nan
     return DTensor.from_local(peak, grad.device_mesh, [Partial("max")] * grad.device_mesh.ndim).full_tensor()
 

@@ -89,7 +89,7 @@ class M3(MemoryOptimizer):
         self._write_slow(group, bucket)
         ahead = rule.nesterov(state["fast"], g, beta1) if ema else state["fast"]
         direction = orthogonal(ahead, group["ns_steps"], group["ns_dtype"])
-        direction = torch.add(direction.to(g.dtype), state["slow_direction"], alpha=group["slow_weight"])
+        direction = direction.contiguous().to(g.dtype).add_(state["slow_direction"], alpha=group["slow_weight"])
         if ema:
             return rule.ema_update(direction, state["variance"], bucket.correction(beta2), group["lr"], group["eps"])
         return rule.paper_update(direction, state["variance"], group["lr"], group["eps"])

@@ -21,12 +21,13 @@ TINY = 1e-30  # keeps the root of a matrix of zeros finite
 
 def second_moment(variance: Tensor, g: Tensor, beta: float) -> Tensor:
     """v ← β v + (1 − β) g²."""
-    return torch.addcmul(beta * variance, g, g, value=1 - beta)
+    return (beta * variance).addcmul_(g, g, value=1 - beta)
 
 
 def diagonal(g: Tensor, variance: Tensor, correction: float | Tensor, eps: float) -> Tensor:
     """g / (√(v / correction) + ε), correction = 1 − βᵗ."""
-    return g / (variance / correction).sqrt_().add_(eps)
+    root = (variance / correction).sqrt_().add_(eps)
+    return torch.div(g, root, out=root)
 
 
 def kronecker_factors(left: Tensor, right: Tensor, g: Tensor, beta: float) -> tuple[Tensor, Tensor]:
