@@ -113,7 +113,7 @@ def main() -> None:
     parser.add_argument("--k", type=float, default=5.0)
     parser.add_argument("--a", type=float, default=1.0)
     parser.add_argument("--omega", type=float, default=2.0)
-    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--starts", type=int, default=32)
     parser.add_argument("--out", type=Path, default=RESULTS / "optimizers-curvature.json")
     args = parser.parse_args()
@@ -126,6 +126,7 @@ def main() -> None:
         there = (steps <= args.steps).double().mean().item()
         row = dict(zip(("lr", "decay", "scale"), best, strict=True))
         row |= {"mean": steps.double().mean().item(), "deviation": steps.double().std().item()}
+        row["log10 psi after 30 steps"] = curves[name][0][30].log10().mean().item()
         table[name] = {**row, "median": float(steps.median().item()), "share that gets there": there}
         print(name, json.dumps(table[name]), flush=True)
     setting = {"k": args.k, "a": args.a, "omega": args.omega, "steps": args.steps, "starts": args.starts}
