@@ -1,4 +1,4 @@
-"""Newton–Schulz: the orthogonal factor of a matrix, from matrix products alone.
+"""Newton–Schulz: the orthogonal factor of a matrix, from matrix products alone (NL Eq. 42–44).
 
     X ← X / (‖X‖_F + ε)
     T times:  A = X Xᵀ,   X ← a X + (b A + c A²) X           (a, b, c) = (3.4445, −4.7750, 2.0315)
