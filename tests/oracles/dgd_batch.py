@@ -31,7 +31,7 @@ def recursive(weight: Tensor, inputs: Tensor, errors: Tensor, rate: float, share
     return weight
 
 
-def by_gradient(weight: Tensor, inputs: Tensor, errors: Tensor, rate: float, share: float, steps=20_000) -> Tensor:
+def by_gradient(weight: Tensor, inputs: Tensor, errors: Tensor, rate: float, share: float, steps=300) -> Tensor:
     point = weight.clone()
     size = 0.9 / (1 / rate + share * float(torch.linalg.matrix_norm(inputs, 2) ** 2))
     for _ in range(steps):

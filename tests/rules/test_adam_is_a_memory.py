@@ -46,7 +46,7 @@ def fading(count: int, beta: float) -> Tensor:
 
 
 def minimised(objective) -> Tensor:
-    """By gradient descent with momentum until nothing moves; the objectives are quadratic, with curvatures of order 1."""
+    """By gradient descent with momentum until nothing moves; the curvatures are of order 1."""
     m = torch.zeros(SHAPE, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.SGD([m], lr=0.06, momentum=0.6)
     for _ in range(600):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from nestlearn.errors import UserError
 from nestlearn.optim.base import Bucket, MemoryOptimizer
 from nestlearn.optim.capture import captured_for, forget_inputs
 from nestlearn.optim.checks import check_choice, check_decay
-from nestlearn.rules.dgd_batch import absorbed, absorbed_by_gram, dgd_batch, dgd_in_turn
+from nestlearn.rules.dgd_batch import Proximal, dgd_batch, dgd_in_turn, proximal, proximal_of_gram
 
 
 class InputOptimizer(MemoryOptimizer):
@@ -132,8 +131,8 @@ class DGD(InputOptimizer):
         return torch.cat(changes)
 
     def _joint(self, group: dict[str, Any], p: Tensor, w: Tensor, m: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-        absorb = absorber(self._seen(p, w)[0], group["lr"], group["reduction"])
-        return dgd_batch(w, m, grad, group["lr"], group["momentum"], absorb)
+        d = proximal_of_all(self._seen(p, w)[0], group["lr"], group["reduction"])
+        return dgd_batch(w, m, grad, group["lr"], group["momentum"], d)
 
     def _in_turn(self, group: dict[str, Any], p: Tensor, w: Tensor, m: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
         if processes() > 1:
@@ -150,13 +149,13 @@ def each(parameters: list[Tensor], *stacks: Tensor) -> Iterator[tuple[Tensor, ..
     return zip(parameters, *(stack.chunk(len(parameters)) for stack in stacks), strict=True)
 
 
-def absorber(inputs: Tensor, rate: float | Tensor, reduction: str) -> Callable[[Tensor], Tensor]:
-    """rows ↦ rows (I − D), with the inputs (n, N, in) of all processes."""
+def proximal_of_all(inputs: Tensor, rate: float | Tensor, reduction: str) -> Proximal:
+    """D of the inputs (n, N, in) of all processes."""
     if processes() == 1:
         share = 1 / inputs.shape[1] if reduction == "mean" else 1.0
-        return partial(absorbed, inputs=inputs, c=rate * share)
+        return proximal(inputs, rate * share)
     share = 1 / total(inputs.new_tensor(inputs.shape[1])) if reduction == "mean" else 1.0
-    return partial(absorbed_by_gram, gram=total(inputs.mT @ inputs) * (rate * share))
+    return proximal_of_gram(total(inputs.mT @ inputs) * (rate * share))
 
 
 def total(own: Tensor) -> Tensor:

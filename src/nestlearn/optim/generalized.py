@@ -12,9 +12,9 @@ from torch import Tensor
 from nestlearn.errors import UserError
 from nestlearn.optim.base import Bucket, MemoryOptimizer
 from nestlearn.optim.checks import check_choice, check_count, check_decay, check_number
-from nestlearn.optim.dgd import InputOptimizer, absorber, each, processes, total
+from nestlearn.optim.dgd import InputOptimizer, each, processes, proximal_of_all, total
 from nestlearn.optim.functions import Functions
-from nestlearn.rules.dgd_batch import absorbed
+from nestlearn.rules.dgd_batch import proximal
 from nestlearn.rules.generalized import ENERGIES, LOSSES, VALUES, anchor, descended, near, solved, unit_key
 
 Function = Callable[..., Tensor]
@@ -93,7 +93,7 @@ class GeneralizedGD(InputOptimizer):
             pull = rate * self._share(group, inputs) * total(value.mT @ inputs)
         if group["objective"] == "dot":
             return solved(w, anchor(history, 1), pull, None)
-        return solved(w, anchor(history, 1), pull, absorber(self._seen(p, w)[0], rate, group["reduction"]))
+        return solved(w, anchor(history, 1), pull, proximal_of_all(self._seen(p, w)[0], rate, group["reduction"]))
 
     def _share(self, group: dict[str, Any], inputs: Tensor) -> Tensor | float:
         """s, of the samples of all processes."""
@@ -177,8 +177,8 @@ class GeneralizedMomentum(MemoryOptimizer):
         if keep is near:
             keep = partial(near, decay=group["decay"])
         if group["solve"] == "exact":
-            absorb = None if group["objective"] == "dot" else partial(absorbed, inputs=k, c=1.0)
-            new = m + solved(m, anchor(history, group["decay"]), -v, absorb)
+            d = None if group["objective"] == "dot" else proximal(k, 1.0)
+            new = m + solved(m, anchor(history, group["decay"]), -v, d)
         else:
             new = m + descended(
                 m, lambda s: loss(s, k, v).sum() + keep(s, history), group["inner_steps"], group["inner_lr"]

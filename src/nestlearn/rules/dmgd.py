@@ -15,9 +15,9 @@ direction. From w1 = 0 the first recall is one exactly, whatever φ and w2 are, 
 
 Two sets of units:
 * normalised (the optimizer's default): each matrix' rows divided by their root mean square length, s = 1/(rows ·
-  hidden), m₀ the initial weights. tanh is bounded by 1, so ‖w1‖ <= η / (1 − α) for "dot" at every rate, and "l2" is a
-  contraction in w1 for η < 2. tanh is odd and there is no bias: the opposite gradient recalls the opposite step, a
-  gradient of zero no step.
+  hidden), m₀ the initial weights. tanh is bounded by 1, so ‖w1‖ <= η / ((1 − α) √hidden) for "dot" at every rate, and
+  "l2" is a contraction in w1 for η < 2. tanh is odd and there is no bias: the opposite gradient recalls the opposite
+  step, a gradient of zero no step.
 * the letter: u = g as it is, s = 1, m₀ = 0. Decaying w2 to zero, too, ends in a saddle at m = 0.
 """
 

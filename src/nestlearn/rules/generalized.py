@@ -12,8 +12,8 @@
 
 "l2" of a momentum is ½ ‖m kᵀ + V‖² (NL Eq. 48) without its constant, for V k = v: with k = g, V = η P (out, out).
 
-**Solved** ("exact"); A(S) = S (I − D) is absorbed, D = (I + η s XᵀX)⁻¹ for weights and (I + kᵀk)⁻¹ for a momentum:
-    S⁺ = H + pull − A(H + pull) for "l2", H + pull for "dot";   pull = η s Σ_b v_b x_bᵀ, or −v
+**Solved** ("exact"), with D = (I + η s XᵀX)⁻¹ for weights and (I + kᵀk)⁻¹ for a momentum:
+    S⁺ = (H + pull) D for "l2", H + pull for "dot";   pull = η s Σ_b v_b x_bᵀ, or −v
 **Descended** ("gradient"): n steps of size ρ on L̃ + Ret from S, for any ℓ and Ret; NL Eq. 33 and 49 are n = ρ = 1.
 
 GD is ("dot", exact), DGD ("l2", exact) of the weights with v = −u; momentum ("dot") and Delta Momentum ("l2") are one
@@ -27,6 +27,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+
+from nestlearn.rules.dgd_batch import Proximal
 
 Energy = Callable[[Tensor], Tensor]
 
@@ -79,10 +81,10 @@ def near(state: Tensor, history: Sequence[Tensor], decay: float) -> Tensor:
     return 0.5 * (state - anchor(history, decay)).square().sum()
 
 
-def solved(state: Tensor, home: Tensor, pull: Tensor, absorb: Callable[[Tensor], Tensor] | None) -> Tensor:
-    """S⁺ − S in closed form, for the ready-made pairs. state, home, pull (…, out, in); absorb: None for "dot"."""
-    change = pull if home is state else pull + (home - state)
-    return change if absorb is None else change - absorb(home + pull)
+def solved(state: Tensor, home: Tensor, pull: Tensor, d: Proximal | None) -> Tensor:
+    """S⁺ − S in closed form, for the ready-made pairs. state, home, pull (…, out, in); d: D, None for "dot"."""
+    pulled = pull if d is None else d.kept(pull) - d.absorbed(home)
+    return pulled if home is state else pulled + (home - state)
 
 
 def descended(state: Tensor, energy: Energy, steps: int, size: float) -> Tensor:
