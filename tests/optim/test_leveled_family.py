@@ -1,5 +1,6 @@
 """Leveled around every optimizer that is a memory, and around torch's: schedulers, scaler, clipping, exact resume."""
 
+import copy
 import io
 import warnings
 from functools import partial
@@ -10,6 +11,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 from nestlearn import optim
+from nestlearn.errors import UserError
 from nestlearn.optim import Leveled, parameter_groups
 from nestlearn.optim.by_rule import ByRule
 
@@ -26,13 +28,10 @@ FAMILY = {
     "M3, paper": partial(optim.M3, lr=0.01, slow_period=3, style="paper", eps=0.1),
     "DeltaMomentum": partial(optim.DeltaMomentum, lr=0.01, values="diagonal"),
     "PreconditionedMomentum": partial(optim.PreconditionedMomentum, lr=0.01, decay=0.9),
-    "GeneralizedMomentum": None,
-    "DMGD": None,
+    "GeneralizedMomentum": partial(optim.GeneralizedMomentum, lr=0.01),
+    "DMGD": partial(optim.DMGD, lr=0.01),
 }
-for name in ("DMGD", "GeneralizedMomentum"):
-    if hasattr(optim, name):
-        FAMILY[name] = partial(getattr(optim, name), lr=0.01)
-MEMBERS = pytest.mark.parametrize("member", [name for name, factory in FAMILY.items() if factory is not None])
+MEMBERS = pytest.mark.parametrize("member", FAMILY)
 
 
 class Levels(nn.Module):
@@ -186,6 +185,30 @@ def test_a_period_in_tokens_is_a_period_of_each_level():
     learn(model, optimizer, range(12), after)
     assert writes["fast"] == [1, 2, 3, 4, 5, 0] * 2
     assert writes["slow"] == [None, None, 1, 1, 1, 0, 0, 0, 1, 1, 1, 0]
+
+
+def test_a_chunk_is_one_batch_of_dgd_and_is_not_resumed_without_its_inputs():
+    slow, plain = (nn.Linear(4, 3, bias=False, dtype=torch.float64) for _ in range(2))
+    plain.load_state_dict(slow.state_dict())
+    x, y = torch.randn(15, 4, dtype=torch.float64), torch.randn(15, 3, dtype=torch.float64)
+
+    def backward(layer, rows):
+        with optim.capture_inputs(layer):
+            (layer(x[rows]) - y[rows]).square().sum(-1).mean().backward()
+
+    groups = [{"params": list(slow.parameters()), "period": 15}]
+    leveled, dgd = Leveled(partial(optim.DGD, lr=0.3), groups, tokens_per_step=5), optim.DGD(plain.parameters(), lr=0.3)
+    for start in (0, 5, 10):
+        backward(slow, slice(start, start + 5))
+        leveled.step()
+        leveled.zero_grad()
+        if start == 5:
+            saved = leveled.state_dict()
+    backward(plain, slice(0, 15))
+    dgd.step()
+    torch.testing.assert_close(slow.weight, plain.weight, rtol=0, atol=1e-12)
+    with pytest.raises(UserError, match="DGD was saved within a chunk.*save where every level has just stepped"):
+        Leveled(partial(optim.DGD, lr=0.3), groups, tokens_per_step=5).load_state_dict(saved)
 
 
 def test_leveled_hands_over_the_state_of_the_optimizer_itself():

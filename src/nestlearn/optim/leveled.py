@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 
 from nestlearn.errors import UserError
 from nestlearn.levels import fires
+from nestlearn.optim.dgd import InputOptimizer
 
 CHUNK_GRADIENT = "chunk_gradient"  # in optimizer.state[parameter]: c above, absent while the chunk is empty
 LEVEL_DEFAULTS: dict[str, Any] = {"period": 1, "tokens_seen": 0, "chunk_tokens": 0}  # in every parameter group
@@ -42,8 +43,10 @@ class Leveled(Optimizer):
 
     An optimizer whose own ``step`` takes ``tokens`` (those of `nestlearn.optim`: M3's slow period can be in tokens) is
     told the tokens of the chunk that it learns from, for each level its own. Periods in steps count steps of the level.
+    One that needs the inputs of the layers, such as DGD, finds those of the whole chunk, as if it had been one batch.
 
-    Raises UserError for a period or a token count that is not a whole number >= 1.
+    Raises UserError for a period or a token count that is not a whole number >= 1, and for a state of DGD and its like
+    that was saved within a chunk: the inputs are not part of it.
     """
 
     def __init__(
@@ -104,10 +107,19 @@ class Leveled(Optimizer):
         parameters = [p for group in self.param_groups for p in group["params"]]
         for index, p in zip(indices, parameters, strict=True):
             if CHUNK_GRADIENT in state_dict["state"].get(index, {}):
+                self._refuse_without_inputs()
                 self.state[p][CHUNK_GRADIENT] = state_dict["state"][index][CHUNK_GRADIENT].to(p.device, copy=True)
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError("Leveled is not pickled or deep-copied: save state_dict() and load it into a new Leveled")
+
+    def _refuse_without_inputs(self) -> None:
+        if isinstance(self.inner, InputOptimizer):
+            name = type(self.inner).__name__
+            raise UserError(
+                f"{name} was saved within a chunk, and the inputs of a chunk are not part of its state: "
+                "save where every level has just stepped, after a multiple of all periods"
+            )
 
     def _tokens(self, tokens: int | None) -> int:
         if tokens is None:
