@@ -181,6 +181,8 @@ class MemoryOptimizer(Optimizer):
         self, group: dict[str, Any], parameters: list[Tensor], finite: Tensor | None, tokens: int | None
     ) -> None:
         bucket = self._load(group, parameters, tokens)
+        if finite is not None:  # a rule never sees a nan, which a decomposition would refuse
+            bucket.grad = torch.where(finite, bucket.grad, 0)
         before = bucket.state.copy()
         bucket.state["step"] += 1
         update = adamw_update(group, bucket) if group["rule"] == "adamw" else self._update(group, bucket)
@@ -235,9 +237,10 @@ def _join(values: list[Any], parameters: list[Tensor]) -> Any:
 @torch.compiler.disable()
 def _apply(group: dict[str, Any], parameters: list[Tensor], update: Tensor, finite: Tensor | None) -> None:
     """W ← (1 − lr λ) W + update, in float32 at least, rounded to the parameter's dtype once."""
-    decay = 1 - group["lr"] * group["weight_decay"] if group["weight_decay"] else None
-    if decay is not None and finite is not None:
-        decay = torch.where(finite, decay, 1.0)
+    decay = None
+    if group["weight_decay"]:
+        shrink = group["lr"] * group["weight_decay"]
+        decay = 1 - (shrink if finite is None else shrink * finite.double())
     for p, own in zip(parameters, unpack(update, parameters), strict=True):
         target, own = local(p), local(own)
         if target.dtype != own.dtype:

@@ -89,10 +89,8 @@ class DeltaMomentum(MemoryOptimizer):
             p = values.to(g)
             value = p @ g if p.shape[-2:] == (g.shape[-2], g.shape[-2]) else p * g
         if value.shape != g.shape:
-            name = self.name_of(bucket.parameters[0])
-            raise UserError(
-                f"values give P g the shape {tuple(value.shape)} for parameter {name}, must be {tuple(g.shape)}"
-            )
+            name, got, right = self.name_of(bucket.parameters[0]), tuple(value.shape), tuple(g.shape)
+            raise UserError(f"parameter {name}: values give a P g of shape {got}, must be {right}")
         return value
 
 

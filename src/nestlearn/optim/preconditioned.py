@@ -25,7 +25,8 @@ class PreconditionedMomentum(MemoryOptimizer):
                     λ_max the largest eigenvalue of each. "newton_schulz": P g = NS(g)
     beta            of the moving averages v, L, R, in [0, 1); ^ is Adam's bias correction
     eps             ε > 0; None: 1e-8 for "diagonal", 1e-6 for "kronecker"
-    period          "kronecker": steps from one computation of the roots to the next, >= 1; the first is at step 1
+    period          "kronecker": steps from one computation of the roots to the next, >= 1; the first is at step 1.
+                    torch's ``eigh`` waits for an accelerator there, which nothing else in these optimizers does
     ns_steps        "newton_schulz": iterations, >= 1
     ns_dtype        in which it multiplies. None: bfloat16, as Muon does, float64 for parameters in float64
     weight_decay    >= 0, decoupled: W ← (1 − lr · weight_decay) W before the step
