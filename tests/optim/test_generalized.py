@@ -107,7 +107,7 @@ def test_implicit_gradient_descent_finds_the_regression_that_dgd_halves():
             p.grad = error.T @ inputs
             record_inputs(p, inputs, error)
             optimizer.step()
-        assert (p - expected).abs().max() < 1e-6
+        assert (p - expected).abs().max() < 1e-5
 
 
 def test_the_solved_momentum_is_bounded_where_the_letter_is_not():
