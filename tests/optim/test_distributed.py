@@ -7,7 +7,7 @@ import torch
 import torch.multiprocessing as mp
 
 from tests.contracts.optimizer import gap
-from tests.optim.family import FAMILY
+from tests.optim.family import SHARDED
 from tests.optim.sharded import AFTER, BEFORE, RANKS, build, load, rank, walk, whole
 
 
@@ -19,7 +19,7 @@ def folder(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("member", FAMILY, ids=lambda member: member.name)
+@pytest.mark.parametrize("member", SHARDED, ids=lambda member: member.name)
 def test_two_ranks_equal_one_and_one_takes_over(member, folder):
     """Sharded matrices are updated as whole matrices; a checkpoint of two ranks goes on in one process."""
     assert [path.read_text() for path in sorted(folder.glob(f"{member.name}.?.error"))] == []
