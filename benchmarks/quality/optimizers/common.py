@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -100,6 +101,11 @@ class Results:
         partial_file = self.path.with_suffix(".partial")
         partial_file.write_text(text + "\n")
         partial_file.replace(self.path)
+
+
+def dated(name: str) -> Path:
+    """Where a result of today goes if nothing else is asked for."""
+    return RESULTS / f"{name}-{time.strftime('%Y-%m-%d')}.json"
 
 
 def mean_and_deviation(values: Iterable[float]) -> tuple[float, float]:

@@ -28,7 +28,7 @@ from torch import Tensor
 from nestlearn.optim import DeltaMomentum
 
 sys.path.insert(0, str(Path(__file__).parents[3]))
-from benchmarks.quality.optimizers.common import RESULTS, about, figure
+from benchmarks.quality.optimizers.common import about, dated, figure
 
 Setting = tuple[float, float, float]  # rate, decay, scale of the surface
 LITERAL = "DeltaMomentum, literal key"
@@ -115,7 +115,7 @@ def main() -> None:
     parser.add_argument("--omega", type=float, default=2.0)
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--starts", type=int, default=32)
-    parser.add_argument("--out", type=Path, default=RESULTS / "optimizers-curvature.json")
+    parser.add_argument("--out", type=Path, default=dated("optimizers-curvature"))
     args = parser.parse_args()
     torch.set_num_threads(1)
     surface, table, curves = partial(psi, k=args.k, a=args.a, omega=args.omega), {}, {}

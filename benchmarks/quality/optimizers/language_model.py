@@ -11,7 +11,8 @@
 
 Text is the source of the Python standard library, or ``--text``; loss is held-out bits per byte from a fresh state.
 Two layers; batches of 4 sequences of 256 bytes; warm-up over 5 % and a cosine to 5 %; clipped at norm 1; no weight
-decay. Runs that are in the results file are not run again: the script may be stopped and started at will.
+decay. Runs that are in the results file are not run again: the script may be stopped and started at will, on another
+day with ``--out``.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from nestlearn.eval.perplexity import bits_per_byte
 from nestlearn.optim import Leveled
 
 sys.path.insert(0, str(Path(__file__).parents[3]))
-from benchmarks.quality.optimizers.common import RESULTS, Results, figure, groups_for, make, mean_and_deviation
+from benchmarks.quality.optimizers.common import Results, dated, figure, groups_for, make, mean_and_deviation
 
 MODELS: dict[str, dict[str, Any]] = {
     "transformer": {"mixer": "attention", "num_attention_heads": 2, "intermediate_size": 192, "levels": [1]},
@@ -175,7 +176,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=list(MODELS), default="transformer")
     parser.add_argument("--optimizers", nargs="+", default=DEFAULT)
-    parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2, 3e-2])
+    parser.add_argument("--rates", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3, 1e-2, 3e-2])
     parser.add_argument("--adamw-rate", type=float, help="of what the others leave to AdamW; else found by its sweep")
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--seeds", type=int, default=5)
@@ -185,7 +186,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    args.out = args.out or RESULTS / f"optimizers-language-model-{args.model}.json"
+    args.out = args.out or dated(f"optimizers-language-model-{args.model}")
     corpus, tokenizer = read_texts(args.text) if args.text else standard_library(), load_tokenizer("bytes")
     text = (tokenize(corpus.train, tokenizer), tokenize(corpus.held_out, tokenizer))
     results = Results(args.out)

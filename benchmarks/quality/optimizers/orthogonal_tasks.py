@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[3]))
-from benchmarks.quality.optimizers.common import RESULTS, about, figure, make, mean_and_deviation
+from benchmarks.quality.optimizers.common import about, dated, figure, make, mean_and_deviation
 
 NAMES = ["momentum", "AdamW", "Muon", "DeltaMomentum", "DeltaMomentum values=None", "DMGD", "M3", "M3 slow_weight=0"]
 RATES = [3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1]
@@ -90,7 +90,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--optimizers", nargs="+", default=NAMES)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=RESULTS / "optimizers-orthogonal-tasks.json")
+    parser.add_argument("--out", type=Path, default=dated("optimizers-orthogonal-tasks"))
     args = parser.parse_args()
     torch.set_num_threads(1)
     rows, swept = [], {}
