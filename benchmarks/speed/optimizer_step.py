@@ -4,12 +4,11 @@
     python benchmarks/speed/optimizer_step.py --sets small --turns 15
 
 Sets of matrices: "small" is that of the preset tiny-cpu; "340m" that of the preset hope-340m, cut to one layer of 24.
-Gradients are random and the same for all; a step is ``optimizer.step()`` alone. In a turn every optimizer takes as many
-steps as the slow period of M3, so that M3 and the Kronecker preconditioner, whose steps differ, are averaged; in the
-340m set the period is 4 steps: the slow memory writes more often there than by default, which is not to M3's advantage.
-Every figure is the median over the turns; a ratio is the median of the ratios within a turn. On one thread it is the
-core's time that counts, so that other processes do not. Weights and gradients are float32. Muon is torch's: one matrix
-at a time, Newton–Schulz in bfloat16.
+Gradients are random and the same for all; a step is ``optimizer.step()`` alone. In a turn every optimizer takes 4 steps,
+but M3 and the Kronecker preconditioner, whose steps differ, 16: one default slow period of M3. Every figure is the median
+over the turns; a ratio is the median of the ratios within a turn. On one thread it is the core's time that counts, so
+that other processes do not. Weights and gradients are float32. Muon is torch's: one matrix at a time, Newton–Schulz in
+bfloat16.
 """
 
 from __future__ import annotations
@@ -40,24 +39,24 @@ def layer(width: int, *hidden: int) -> list[tuple[int, int]]:
 
 
 SETS = {"small": 2 * layer(128, 256, 128, 64), "340m": layer(1024, 768, 768, 768)}
-PERIODS = {"small": 16, "340m": 4}
+PERIOD, STEPS = 16, 4
 LEFT_OUT = {"340m": ["PreconditionedMomentum, kronecker"]}  # roots of factors of width 4096 take minutes on one core
-Make = Callable[[list[nn.Parameter], int], Optimizer]
+Make = Callable[[list[nn.Parameter]], Optimizer]
 OPTIMIZERS: dict[str, Make] = {
-    "AdamW": lambda ps, f: torch.optim.AdamW(ps, lr=1e-3, foreach=True),
-    "Muon": lambda ps, f: torch.optim.Muon(ps, lr=1e-3),
-    "M3": lambda ps, f: M3(ps, lr=1e-3, slow_period=f),
-    "M3, slow_weight=0": lambda ps, f: M3(ps, lr=1e-3, slow_period=f, slow_weight=0),
-    "DeltaMomentum": lambda ps, f: DeltaMomentum(ps, lr=1e-3),
-    "DeltaMomentum, values=diagonal": lambda ps, f: DeltaMomentum(ps, lr=1e-3, values="diagonal"),
-    "DeltaMomentum, matmul_dtype=bfloat16": lambda ps, f: DeltaMomentum(ps, lr=1e-3, matmul_dtype=torch.bfloat16),
-    "PreconditionedMomentum, diagonal": lambda ps, f: PreconditionedMomentum(ps, lr=1e-3, preconditioner="diagonal"),
-    "PreconditionedMomentum, newton_schulz": lambda ps, f: PreconditionedMomentum(
+    "AdamW": lambda ps: torch.optim.AdamW(ps, lr=1e-3, foreach=True),
+    "Muon": lambda ps: torch.optim.Muon(ps, lr=1e-3),
+    "M3": lambda ps: M3(ps, lr=1e-3),
+    "M3, slow_weight=0": lambda ps: M3(ps, lr=1e-3, slow_weight=0),
+    "DeltaMomentum": lambda ps: DeltaMomentum(ps, lr=1e-3),
+    "DeltaMomentum, values=diagonal": lambda ps: DeltaMomentum(ps, lr=1e-3, values="diagonal"),
+    "DeltaMomentum, matmul_dtype=bfloat16": lambda ps: DeltaMomentum(ps, lr=1e-3, matmul_dtype=torch.bfloat16),
+    "PreconditionedMomentum, diagonal": lambda ps: PreconditionedMomentum(ps, lr=1e-3, preconditioner="diagonal"),
+    "PreconditionedMomentum, newton_schulz": lambda ps: PreconditionedMomentum(
         ps, lr=1e-3, preconditioner="newton_schulz"
     ),
-    "PreconditionedMomentum, kronecker": lambda ps, f: PreconditionedMomentum(ps, lr=1e-3, preconditioner="kronecker"),
-    "DMGD": lambda ps, f: DMGD(ps, lr=1e-3),
-    "GeneralizedMomentum": lambda ps, f: GeneralizedMomentum(ps, lr=1e-3),
+    "PreconditionedMomentum, kronecker": lambda ps: PreconditionedMomentum(ps, lr=1e-3, preconditioner="kronecker"),
+    "DMGD": lambda ps: DMGD(ps, lr=1e-3),
+    "GeneralizedMomentum": lambda ps: GeneralizedMomentum(ps, lr=1e-3),
 }
 
 
@@ -77,7 +76,7 @@ def state_bytes(optimizer: Optimizer) -> int:
 
 
 def turn(optimizer: Optimizer, steps: int) -> float:
-    """Seconds of a step, averaged over a slow period."""
+    """Seconds of a step, averaged over so many."""
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     begin = clock()
     for _ in range(steps):
@@ -87,12 +86,12 @@ def turn(optimizer: Optimizer, steps: int) -> float:
 
 def measure(name: str, names: list[str], turns: int) -> list[dict[str, Any]]:
     """A row for every optimizer of a set."""
-    shapes, period = SETS[name], PERIODS[name]
-    optimizers = {n: OPTIMIZERS[n](parameters(shapes), period) for n in names}
+    shapes = SETS[name]
+    optimizers = {n: OPTIMIZERS[n](parameters(shapes)) for n in names}
     seconds: dict[str, list[float]] = {n: [] for n in names}
     for number in range(turns + 1):
         for n, optimizer in optimizers.items():
-            taken = turn(optimizer, period)
+            taken = turn(optimizer, PERIOD if n.startswith("M3") or "kronecker" in n else STEPS)
             if number:  # the first turn warms up
                 seconds[n].append(taken)
     count = sum(out * into for out, into in shapes)
@@ -130,7 +129,7 @@ def main() -> None:
         for row in rows[-len(own) :]:
             print(json.dumps(row), flush=True)
     if args.out:
-        result = {"about": about(), "threads": args.threads, "turns": args.turns, "periods": PERIODS, "rows": rows}
+        result = {"about": about(), "threads": args.threads, "turns": args.turns, "rows": rows}
         args.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
