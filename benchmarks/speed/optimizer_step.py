@@ -4,8 +4,8 @@
     python benchmarks/speed/optimizer_step.py --sets small --turns 15
 
 Sets of matrices: "small" is that of the preset tiny-cpu; "340m" that of the preset hope-340m, cut to one layer of 24.
-Gradients are random and the same for all; a step is ``optimizer.step()`` alone. In a turn every optimizer takes 4 steps,
-but M3 and the Kronecker preconditioner, whose steps differ, 16: one default slow period of M3. Every figure is the median
+Gradients are random and the same for all; a step is ``optimizer.step()`` alone. In a turn an optimizer takes 4 steps,
+M3 and the Kronecker preconditioner, whose steps differ, 16: one default slow period of M3. Every figure is the median
 over the turns; a ratio is the median of the ratios within a turn. On one thread it is the core's time that counts, so
 that other processes do not. Weights and gradients are float32. Muon is torch's: one matrix at a time, Newton–Schulz in
 bfloat16.
