@@ -178,7 +178,7 @@ def main() -> None:
     parser.add_argument("--optimizers", nargs="+", default=DEFAULT)
     parser.add_argument("--rates", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3, 1e-2, 3e-2])
     parser.add_argument("--adamw-rate", type=float, help="of what the others leave to AdamW; else found by its sweep")
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--held-out", type=int, default=49_152, help="bytes")
     parser.add_argument("--text", type=Path, nargs="+", help="files and folders instead of the standard library")
