@@ -216,6 +216,7 @@ def leaves_alone_what_has_no_gradient(member: Member) -> None:
     """Untouched and frozen parameters and their state do not move; who joins late is as young as its state."""
     ps = parameters([(4, 5), (4, 5), (6, 3)])
     ps[2].requires_grad_(False)
+    ps[2].grad = gradient(0, 2, ps[2])  # left over from before it was frozen
     optimizer = member.build(ps, weight_decay=0.3)
     start = [p.detach().clone() for p in ps]
     walk(member, optimizer, ps[:1], range(5))

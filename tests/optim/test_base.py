@@ -155,10 +155,10 @@ def test_inductor_equals_eager(monkeypatch):
     monkeypatch.setattr("torch._inductor.config.compile_threads", 1)
     runs = []
     for compiled in (False, True):
-        ps = parameters([(8, 16), (8, 16), (16, 8)], torch.float32)
+        ps = parameters([(8, 16), (8, 16)], torch.float32)
         optimizer = M3_MEMBER.build(ps, ns_dtype=torch.float32)
         step = torch.compile(optimizer.step) if compiled else optimizer.step
-        for n in range(7):
+        for n in range(4):
             for i, p in enumerate(ps):
                 p.grad = gradient(n, i, p)
             step()
