@@ -241,7 +241,7 @@ def _resume(path: Path, given: dict[str, Any], overrides: tuple[str, ...]) -> No
     start = _checkpoint(path)
     start.tokenizer(given.pop("tokenizer", None))
     config = _changed(start.config, given, overrides)
-    for key in ("model", "seed", "batch_size", "sequence_length", "tokenizer"):
+    for key in ("model", "seed", "batch_size", "sequence_length", "tokenizer", "optimizer", "optimizer_settings"):
         if getattr(config, key) != getattr(start.config, key):
             raise UserError(f"--set {key}: a resumed run keeps its {key}, train anew without --resume to change it")
     _train(config, start.folder.parent, start)

@@ -12,6 +12,7 @@ Between two changes the optimizer does not see a level at all: no step, no weigh
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from torch.optim import Optimizer
 
 from nestlearn.errors import UserError
 from nestlearn.levels import fires
+from nestlearn.optim.dgd import InputOptimizer
 
 CHUNK_GRADIENT = "chunk_gradient"  # in optimizer.state[parameter]: c above, absent while the chunk is empty
 LEVEL_DEFAULTS: dict[str, Any] = {"period": 1, "tokens_seen": 0, "chunk_tokens": 0}  # in every parameter group
@@ -39,7 +41,12 @@ class Leveled(Optimizer):
     open chunk's gradient lives in ``state[parameter]["chunk_gradient"]``, at least in float32, and is part of
     ``state_dict()``; ``.grad`` is left as ``step`` found it. A parameter without a gradient adds zero to its chunk.
 
-    Raises UserError for a period or a token count that is not a whole number >= 1.
+    An optimizer whose own ``step`` takes ``tokens`` (those of `nestlearn.optim`: M3's slow period can be in tokens) is
+    told the tokens of the chunk that it learns from, for each level its own. Periods in steps count steps of the level.
+    One that needs the inputs of the layers, such as DGD, finds those of the whole chunk, as if it had been one batch.
+
+    Raises UserError for a period or a token count that is not a whole number >= 1, and for a state of DGD and its like
+    that was saved within a chunk: the inputs are not part of it.
     """
 
     def __init__(
@@ -54,6 +61,7 @@ class Leveled(Optimizer):
         self.fired: frozenset[float] = frozenset()  # periods that stepped in the last step()
         super().__init__(groups, LEVEL_DEFAULTS.copy())
         self.inner = optimizer_factory(self.param_groups)
+        self._inner_takes_tokens = "tokens" in inspect.signature(self.inner.step).parameters
         self.defaults = self.inner.defaults | LEVEL_DEFAULTS
         self.param_groups, self.state = self.inner.param_groups, self.inner.state
 
@@ -79,26 +87,39 @@ class Leveled(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         firing = [group for group in self.param_groups if self._advance(group, tokens)]
+        ages = [group["chunk_tokens"] or tokens for group in firing]
         with _chunk_means_as_grad(firing, self.state):
-            self._step_only(firing)
+            self._step_only(firing, ages)
         self.fired = frozenset(group["period"] for group in firing)
         return loss
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        # The chunks go around torch's loading, which would cast them to the parameter's dtype, and around the wrapped
-        # optimizer's, which takes any state for its own.
-        without = {k: {n: v for n, v in s.items() if n != CHUNK_GRADIENT} for k, s in state_dict["state"].items()}
-        super().load_state_dict(state_dict | {"state": without})
+    def state_dict(self) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
         assert self.inner is not None
-        self.inner.__setstate__({"state": self.state, "param_groups": self.param_groups})
+        return self.inner.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        # The chunks go around the wrapped optimizer's loading: it takes any state for its own and may cast it.
+        moments = {k: {n: v for n, v in s.items() if n != CHUNK_GRADIENT} for k, s in state_dict["state"].items()}
+        assert self.inner is not None
+        self.inner.load_state_dict(state_dict | {"state": {k: s for k, s in moments.items() if s}})
+        self.param_groups, self.state = self.inner.param_groups, self.inner.state
         indices = [index for group in state_dict["param_groups"] for index in group["params"]]
         parameters = [p for group in self.param_groups for p in group["params"]]
         for index, p in zip(indices, parameters, strict=True):
             if CHUNK_GRADIENT in state_dict["state"].get(index, {}):
+                self._refuse_without_inputs()
                 self.state[p][CHUNK_GRADIENT] = state_dict["state"][index][CHUNK_GRADIENT].to(p.device, copy=True)
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError("Leveled is not pickled or deep-copied: save state_dict() and load it into a new Leveled")
+
+    def _refuse_without_inputs(self) -> None:
+        if isinstance(self.inner, InputOptimizer):
+            name = type(self.inner).__name__
+            raise UserError(
+                f"{name} was saved within a chunk, and the inputs of a chunk are not part of its state: "
+                "save where every level has just stepped, after a multiple of all periods"
+            )
 
     def _tokens(self, tokens: int | None) -> int:
         if tokens is None:
@@ -120,13 +141,16 @@ class Leveled(Optimizer):
             _accumulate(group["params"], self.state, tokens)
         return firing
 
-    def _step_only(self, groups: list[dict[str, Any]]) -> None:
-        if not groups:
-            return
+    def _step_only(self, groups: list[dict[str, Any]], ages: list[int]) -> None:
+        """Steps these groups and no others; ``ages`` are the tokens behind each one's gradient."""
         assert self.inner is not None
-        self.inner.param_groups = groups
+        told = sorted(set(ages)) if self._inner_takes_tokens else [None]
         try:
-            self.inner.step()
+            for tokens in told if groups else ():
+                own = [g for g, age in zip(groups, ages, strict=True) if tokens in (None, age)]
+                self.inner.param_groups = own
+                options: dict[str, Any] = {} if tokens is None else {"tokens": tokens}
+                self.inner.step(**options)
         finally:
             self.inner.param_groups = self.param_groups
 

@@ -19,6 +19,7 @@ from nestlearn.errors import UserError, suggest
 from nestlearn.models.quiet import no_progress_bars
 from nestlearn.optim import Leveled, parameter_groups
 from nestlearn.train.config import TrainConfig
+from nestlearn.train.optimizers import OPTIMIZERS, make_optimizer
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +95,19 @@ def load_model(folder: Path) -> Any:
 
 
 def build_optimizer(config: TrainConfig, model: Any) -> Leveled:
-    """AdamW, each level on its own period."""
-    groups = parameter_groups(model, lr=config.learning_rate, weight_decay=config.weight_decay)
-    betas = (config.beta1, config.beta2)
-    return Leveled(partial(torch.optim.AdamW, lr=config.learning_rate, betas=betas, eps=config.epsilon), groups)
+    """The optimizer of the config, each level on its own period."""
+    return Leveled(partial(make_optimizer, config=config), optimizer_groups(config, model))
+
+
+def optimizer_groups(config: TrainConfig, model: Any) -> list[dict[str, Any]]:
+    """``lr_scale`` of a group is its level's, times ``adamw_scale`` where AdamW steps what the optimizer leaves out."""
+    groups = parameter_groups(
+        model,
+        lr=config.learning_rate,
+        adamw_lr=config.learning_rate * config.adamw_scale,
+        weight_decay=config.weight_decay,
+        states=OPTIMIZERS[config.optimizer].states,
+    )
+    for group in groups:
+        group["lr_scale"] *= config.adamw_scale if group["rule"] == "adamw" else 1
+    return groups

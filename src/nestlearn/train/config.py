@@ -14,6 +14,7 @@ from typing import Any
 
 from nestlearn.errors import UserError, suggest
 
+OPTIMIZERS = ("adamw", "muon", "m3", "delta_momentum", "dmgd")  # what they are: train/optimizers.py
 _MULTIPLES = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "B": 10**9}
 
 
@@ -30,6 +31,8 @@ class TrainConfig:
     model      keyword arguments of ``HopeConfig``; vocab_size is the tokenizer's unless given
     text       files and folders to read; empty: the source of the Python standard library
     tokenizer  "bytes", a `tokenizers` JSON file or a Hugging Face folder
+    optimizer  of the matrices, one of OPTIMIZERS; what is not a matrix is AdamW's
+    optimizer_settings  its keyword arguments that differ from its defaults, e.g. {"slow_period": 32} for "m3"
 
     Raises UserError for a value of the wrong type or out of its range.
     """
@@ -38,6 +41,8 @@ class TrainConfig:
     model: dict[str, Any] = field(default_factory=dict)
     text: tuple[str, ...] = ()
     tokenizer: str = "bytes"
+    optimizer: str = "adamw"
+    optimizer_settings: dict[str, Any] = field(default_factory=dict)
 
     tokens: int = _number(1_000_000, "tokens in all, rounded up to whole steps", 1)
     batch_size: int = _number(8, "sequences per step", 1)
@@ -51,6 +56,7 @@ class TrainConfig:
     beta2: float = _number(0.95, "decay of AdamW's second moment per step of its level", 0, 0.999999)
     epsilon: float = _number(1e-8, "added to the root of the second moment", 0, 1, above=True)
     weight_decay: float = _number(0.1, "per step, times the rate, on matrices", 0, 10)
+    adamw_scale: float = _number(1.0, "rate of what AdamW steps, as a multiple of learning_rate", 0, 1000, above=True)
     clip_norm: float = _number(1.0, "largest L2 norm of a step's gradient", 0, above=True)
 
     log_every: int = _number(40_960, "tokens between two lines of metrics.jsonl", 1)
@@ -67,6 +73,10 @@ class TrainConfig:
         _require(isinstance(self.model, Mapping), "model", self.model, "a dictionary of HopeConfig's arguments")
         _require(isinstance(self.tokenizer, str), "tokenizer", self.tokenizer, "bytes or a path")
         _require(isinstance(self.compare_rate_zero, bool), "compare_rate_zero", self.compare_rate_zero, "true or false")
+        near = suggest(str(self.optimizer), OPTIMIZERS)
+        _require(self.optimizer in OPTIMIZERS, "optimizer", self.optimizer, f"one of {', '.join(OPTIMIZERS)}{near}")
+        settings = self.optimizer_settings
+        _require(isinstance(settings, Mapping), "optimizer_settings", settings, "a dictionary of its arguments")
         texts = self.text if isinstance(self.text, list | tuple) else (self.text,)
         _require(all(isinstance(path, str) for path in texts), "text", self.text, "a list of paths")
         object.__setattr__(self, "text", tuple(texts))

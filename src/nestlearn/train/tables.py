@@ -7,18 +7,13 @@ import math
 from typing import Any
 
 from nestlearn.eval.run_record import LevelRecord
-from nestlearn.optim import parameter_groups
+from nestlearn.train.build import optimizer_groups
 from nestlearn.train.config import TrainConfig
-
-# AdamW's two moments: name, internal objective, rule (NL Eq. 33 and App. B)
-_MOMENTS = (
-    ("first moment", "−⟨m, g⟩", "m ← β₁ m + (1 − β₁) g"),
-    ("second moment", "½‖s − g²‖²", "s ← β₂ s + (1 − β₂) g²"),
-)
+from nestlearn.train.optimizers import OPTIMIZERS, Memory, write_period
 
 
 def level_table(model: Any, config: TrainConfig) -> list[LevelRecord]:
-    """The model's own rows, then AdamW's, from the fastest level to the slowest."""
+    """The model's own rows, then the optimizer's, from the fastest level to the slowest."""
     rows = [LevelRecord(*row) for row in model.level_table()]
     every_step = [
         dataclasses.replace(row, period=config.tokens_per_step) if math.isnan(row.period) else row for row in rows
@@ -27,16 +22,24 @@ def level_table(model: Any, config: TrainConfig) -> list[LevelRecord]:
 
 
 def optimizer_rows(model: Any, config: TrainConfig) -> list[LevelRecord]:
-    """Two moments for each period of the model's parameters. A level steps at most once per optimizer step."""
-    counts: dict[float, int] = {}
-    for group in parameter_groups(model, lr=config.learning_rate):
-        period = max(group["period"], config.tokens_per_step)
-        counts[period] = counts.get(period, 0) + sum(p.numel() for p in group["params"])
+    """Each memory of gradients, for each period of the model's parameters, the chosen optimizer's and AdamW's.
+
+    A level steps at most once per optimizer step; a frozen one has no memories.
+    """
+    counts: dict[tuple[float, str], int] = {}
+    for group in optimizer_groups(config, model):
+        optimizer = config.optimizer if group["rule"] == "memory" else "adamw"
+        key = (max(group["period"], config.tokens_per_step), optimizer)
+        counts[key] = counts.get(key, 0) + sum(p.numel() for p in group["params"])
     return [
-        LevelRecord(
-            f"AdamW / {name}", period, objective, f"mean gradient of {period:,.0f} tokens", counts[period], rule
-        )
-        for period in sorted(counts)
-        if period != math.inf  # a frozen level has no moments
-        for name, objective, rule in _MOMENTS
+        _row(optimizer, period, memory, count, config)
+        for (period, optimizer), count in sorted(counts.items())
+        if period != math.inf
+        for memory in OPTIMIZERS[optimizer].memories
     ]
+
+
+def _row(optimizer: str, period: float, memory: Memory, count: int, config: TrainConfig) -> LevelRecord:
+    own = write_period(memory, period, config)
+    name, context = f"{OPTIMIZERS[optimizer].name} / {memory.name}", f"mean gradient of {own:,.0f} tokens"
+    return LevelRecord(name, own, memory.objective, context, count, memory.rule)
