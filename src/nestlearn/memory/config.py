@@ -139,8 +139,8 @@ class SelfModifyingConfig:
 def _start(name: str, value: object) -> float | tuple[float, ...]:
     """A number in (0, 1) or several of them, a list as JSON has it included."""
     several = isinstance(value, list | tuple)
-    values = tuple(value) if several else (value,)
-    if not values or not all(0 < _number(name, v) < 1 for v in values):
+    values = tuple(_number(name, v) for v in (value if several else [value]))
+    if not values or not all(0 < v < 1 for v in values):
         raise UserError(f"{name} is {value}, must be between 0 and 1, both excluded, or a list of such numbers")
     return values if several else values[0]
 
