@@ -23,6 +23,7 @@ from nestlearn.memory.linear import LinearConfig, LinearMemory
 from nestlearn.memory.self_modifying import ReadOut, SelfModifyingConfig, SelfModifyingMemory, Signals
 from nestlearn.memory.state import State
 from nestlearn.models.mlp import RMSNorm
+from nestlearn.ops.causal_conv import causal_conv
 from nestlearn.ops.pointwise import l2norm
 
 
@@ -55,9 +56,7 @@ class CausalConv(nn.Module):
     def forward(self, x: Tensor, tail: Tensor) -> tuple[Tensor, Tensor]:
         """Returns (output (B, T, channels), tail after the last token)."""
         padded = torch.cat([tail, x], dim=1)
-        length, width = x.shape[1], len(self.weight)
-        out = sum(self.weight[i] * padded[:, i : i + length] for i in range(width))
-        return out, padded[:, padded.shape[1] - width + 1 :]  # pyright: ignore[reportReturnType]
+        return causal_conv(padded, self.weight), padded[:, x.shape[1] :]
 
 
 class MemoryFrame(nn.Module):
