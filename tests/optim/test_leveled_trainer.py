@@ -1,4 +1,4 @@
-"""Leveled in ``transformers.Trainer(optimizers=...)``: it trains, saves in the middle of a chunk, and resumes exactly."""
+"""Leveled in ``transformers.Trainer(optimizers=...)``: trains, saves in the middle of a chunk, resumes exactly."""
 
 from functools import partial
 

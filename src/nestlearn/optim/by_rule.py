@@ -1,7 +1,7 @@
 """Two optimizers as one: the groups with the rule "memory" to one of them, the others to the other.
 
-The optimizers of `nestlearn.optim` have AdamW on board and need none of this; torch.optim.Muon, which takes matrices only,
-does. Both share the state and the groups of this one, so that it saves, resumes and schedules like any single optimizer.
+The optimizers of `nestlearn.optim` have AdamW on board and need none of this; torch.optim.Muon, which takes matrices
+only, does. Both share the state and the groups of this one: it saves, resumes and schedules like any single optimizer.
 """
 
 from __future__ import annotations
