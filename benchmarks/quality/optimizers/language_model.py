@@ -157,12 +157,12 @@ def draw(args: argparse.Namespace, results: Results, best: dict[str, float], tab
         rates.plot([lr for lr, _ in swept], [bits for _, bits in swept], "o-", color=color, label=name)
         runs = results.find(model=args.model, optimizer=name, lr=best[name], steps=args.steps)
         mean = np.mean([r["train"] for r in runs if r["adamw_lr"] == best["AdamW"]], axis=0)
-        curves.plot(np.arange(1, len(mean) + 1) * 10 * BATCH * LENGTH, mean, color=color, label=name)
+        curves.plot(np.arange(1, len(mean) + 1) * 10 * BATCH * LENGTH / 1000, mean, color=color, label=name)
         for offset, (label, table) in zip((-0.12, 0.12), tables.items(), strict=False):
             row, marker = table[name], "o" if label == "equal tokens" else "^"
             final.errorbar(number + offset, row["mean"], row["deviation"], fmt=marker, color=color, capsize=3)
     rates.set(xscale="log", xlabel="learning rate", ylabel="held-out bits per byte", title="one grid for all, seed 0")
-    curves.set(xlabel="tokens", ylabel="training bits per byte", title="at the best rate, mean of seeds")
+    curves.set(xlabel="thousands of bytes", ylabel="training bits per byte", title="at the best rate, mean of seeds")
     curves.set_ylim(2, 5)
     final.set(xticks=range(len(args.optimizers)), ylabel="held-out bits per byte, mean ± std")
     final.set_xticklabels(args.optimizers, rotation=20)
