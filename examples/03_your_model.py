@@ -24,7 +24,7 @@ model = nn.Sequential(
     nn.Flatten(), nn.Linear(512, 64), nn.ReLU(), nn.Linear(64, 10),
 )  # fmt: skip
 groups = parameter_groups(model, heads=["8"], lr=1e-2, adamw_lr=3e-3, weight_decay=0.01)  # 8 is the output layer
-optimizer = M3(groups, lr=1e-2, eps=0.3)  # was: torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
+optimizer = M3(groups, lr=1e-2)  # was: torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
 print(parameter_table(groups))
 
 for epoch in range(5):

@@ -120,6 +120,17 @@ def test_paper_is_algorithm_1_line_by_line():
     assert gap(ps, [w]) <= 1e-12
 
 
+def test_a_dead_input_does_not_fill_the_step():
+    """Columns without any gradient have √V = 0; what Newton–Schulz leaves there in bfloat16 must not become the step."""
+    p = torch.nn.Parameter(torch.zeros(16, 24))
+    optimizer = M3([p], lr=0.01)
+    for n in range(5):
+        p.grad = gradient(n, 0, p).contiguous()
+        p.grad[:, 12:] = 0
+        optimizer.step()
+    assert p[:, 12:].abs().max() < 0.01 * p[:, :12].abs().max()
+
+
 def test_it_learns_a_linear_map():
     """From noisy batches, at one learning rate for a wide and a tall matrix; a broken update would not."""
     generator = torch.Generator().manual_seed(0)

@@ -101,7 +101,7 @@ def fourth_root(factor: Tensor, eps: float) -> Tensor:
 
 
 def m3(
-    w, gradients, *, lr, betas=(0.95, 0.95, 0.9), slow_weight=0.5, slow_period=16, ns_steps=5, eps=1e-8,
+    w, gradients, *, lr, betas=(0.95, 0.95, 0.9), slow_weight=0.5, slow_period=16, ns_steps=5, eps=0.3,
     weight_decay=0.0, style="ema",
 ):  # fmt: skip
     """Algorithm 1, every memory as the sum over the gradients that it has seen."""
@@ -120,9 +120,11 @@ def m3(
         direction = orthogonal(ahead, ns_steps)
         if periods:
             direction = direction + slow_weight * orthogonal(slow, ns_steps)
-        step = direction / (variance.sqrt() + eps)
         if style == "ema":
+            step = direction / (variance.sqrt() + eps * variance.mean().sqrt())
             step = 0.2 * step / step.square().mean().sqrt()
+        else:
+            step = direction / (variance.sqrt() + eps)
         w = (1 - lr * weight_decay) * w - lr * step
     return w
 

@@ -15,11 +15,14 @@ from nestlearn.optim.checks import check_betas, check_choice, check_count, check
 from nestlearn.rules import m3 as rule
 
 
+EPS = {"ema": 0.3, "paper": 1e-8}
+
+
 class M3(MemoryOptimizer):
     """Multi-scale momentum Muon: a fast and a slow memory of gradients, both orthogonalised.
 
     params        matrices, or the groups of ``parameter_groups(model)`` for a whole model
-    lr            learning rate, >= 0, a number or a 0-d tensor; with "ema" about that of AdamW
+    lr            learning rate, >= 0, a number or a 0-d tensor; with "ema" one to three times that of AdamW
     betas         (β1, β2, β3) of the fast memory, the second moment and the slow memory. "ema": decays in [0, 1);
                   "paper": weights of what is added, >= 0
     slow_weight   a, >= 0, the slow memory's part in the step; 0 leaves the fast memory alone
@@ -29,8 +32,8 @@ class M3(MemoryOptimizer):
                   step already uses what it wrote; before the first write O2 is zero
     ns_steps      iterations of Newton–Schulz, >= 1
     ns_dtype      in which Newton–Schulz multiplies. None: bfloat16, as Muon does, float64 for parameters in float64
-    eps           ε > 0 beside √V. In "ema" an ε far above √V switches the division by √V off: only the direction
-                  of D counts there
+    eps           ε > 0 beside √V. "ema": relative to the root mean square of √V, 0.3 by default; a large one switches
+                  the division by √V off. "paper": absolute, 1e-8 by default
     weight_decay  >= 0, decoupled: W ← (1 − lr · weight_decay) W before the step
     style         "ema", the practical form, or "paper", Algorithm 1 to the letter
 
@@ -54,7 +57,7 @@ class M3(MemoryOptimizer):
         tokens_per_step: int | None = None,
         ns_steps: int = 5,
         ns_dtype: torch.dtype | None = None,
-        eps: float = 1e-8,
+        eps: float | None = None,
         weight_decay: float = 0.0,
         style: str = "ema",
         maximize: bool = False,
@@ -74,7 +77,7 @@ class M3(MemoryOptimizer):
             check_count(where, "tokens_per_step", group["tokens_per_step"])
         check_count(where, "ns_steps", group["ns_steps"])
         check_product_dtype(where, "ns_dtype", group["ns_dtype"])
-        check_number(where, "eps", group["eps"], above=0)
+        check_number(where, "eps", _eps(group), above=0)
 
     def _initial(self, group: dict[str, Any], grad: Tensor) -> dict[str, Any]:
         memories = {name: torch.zeros_like(grad) for name in ("fast", "variance", "slow", "slow_sum")}
@@ -91,8 +94,8 @@ class M3(MemoryOptimizer):
         direction = orthogonal(ahead, group["ns_steps"], group["ns_dtype"])
         direction = direction.contiguous().to(g.dtype).add_(state["slow_direction"], alpha=group["slow_weight"])
         if ema:
-            return rule.ema_update(direction, state["variance"], bucket.correction(beta2), group["lr"], group["eps"])
-        return rule.paper_update(direction, state["variance"], group["lr"], group["eps"])
+            return rule.ema_update(direction, state["variance"], group["lr"], _eps(group))
+        return rule.paper_update(direction, state["variance"], group["lr"], _eps(group))
 
     def _write_slow(self, group: dict[str, Any], bucket: Bucket) -> None:
         state, beta3 = bucket.state, group["betas"][2]
@@ -106,6 +109,10 @@ class M3(MemoryOptimizer):
             state["slow"] = rule.paper_slow(state["slow"], state["slow_sum"], beta3)
         state["slow_direction"] = orthogonal(state["slow"], group["ns_steps"], group["ns_dtype"])
         state["slow_sum"], state["slow_steps"] = torch.zeros_like(state["slow_sum"]), 0
+
+
+def _eps(group: dict[str, Any]) -> float:
+    return EPS[group["style"]] if group["eps"] is None else group["eps"]
 
 
 def _passed(group: dict[str, Any], bucket: Bucket) -> int:

@@ -6,14 +6,16 @@
 
     every step      M1 ← β1 M1 + (1 − β1) g       V ← β2 V + (1 − β2) g²      O1 = NS(β1 M1 + (1 − β1) g)
     every f steps   M2 ← β3 M2 + (1 − β3) mean(last f g)                      O2 = NS(M2), held until the next time
-                    D = (O1 + a O2) / (√(V / (1 − β2ᵗ)) + ε),    W ← W − lr · 0.2 D / rms(D)               "ema"
+                    D = (O1 + a O2) / (√V + ε rms(√V)),    W ← W − lr · 0.2 D / rms(D)                     "ema"
 
-    g gradient; M1, M2, V, O1, O2, D (…, out, in)      NS  Newton–Schulz (ops/newton_schulz.py)      t  steps, from 1
-    a  weight of the slow memory, >= 0      rms(D)  root of the mean square of one matrix's entries
+    g gradient; M1, M2, V, O1, O2, D (…, out, in)      NS  Newton–Schulz (ops/newton_schulz.py)
+    a  weight of the slow memory, >= 0      rms(·)  root of the mean square of one matrix's entries
 
 The letter's memories never decay, so that its steps shrink as AdaGrad's do, and an orthogonal numerator over a small
 √V explodes. The practical form forgets, looks one step ahead (Nesterov, as Muon does) and has a step of known size:
-0.2 is the root mean square of an AdamW step, so that AdamW's learning rates carry over.
+0.2 is the root mean square of an AdamW step. Only the direction of D counts there: Adam's bias correction of V, one
+factor for all of a matrix, would cancel, and so does the scale of the loss. ε is relative because √V is zero where an
+input is dead, where Newton–Schulz leaves something that is not quite: at a tiny ε that alone would fill the step.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nestlearn.rules.preconditioned import TINY, diagonal, second_moment
+from nestlearn.rules.preconditioned import TINY, second_moment
 
 STEP_RMS = 0.2
 
@@ -56,10 +58,12 @@ def nesterov(fast: Tensor, g: Tensor, beta1: float) -> Tensor:
     return torch.lerp(g, fast, beta1)
 
 
-def ema_update(
-    direction: Tensor, variance: Tensor, correction: float | Tensor, lr: float | Tensor, eps: float
-) -> Tensor:
-    """−lr · 0.2 D / rms(D); zero for a direction of zeros. correction: 1 − β2ᵗ."""
-    d = diagonal(direction, variance, correction, eps)
-    rms = torch.linalg.matrix_norm(d, keepdim=True) / (d.shape[-2] * d.shape[-1]) ** 0.5
-    return d.mul_(-lr * STEP_RMS / (rms + TINY))
+def ema_update(direction: Tensor, variance: Tensor, lr: float | Tensor, eps: float) -> Tensor:
+    """−lr · 0.2 D / rms(D), direction = O1 + a O2; zero for a direction of zeros."""
+    root = variance.sqrt()
+    d = torch.div(direction, root.add_(eps * _rms(root) + TINY), out=root)
+    return d.mul_(-lr * STEP_RMS / (_rms(d) + TINY))
+
+
+def _rms(t: Tensor) -> Tensor:
+    return torch.linalg.matrix_norm(t, keepdim=True) / (t.shape[-2] * t.shape[-1]) ** 0.5
