@@ -121,7 +121,7 @@ def test_paper_is_algorithm_1_line_by_line():
 
 
 def test_a_dead_input_does_not_fill_the_step():
-    """Columns without any gradient have √V = 0; what Newton–Schulz leaves there in bfloat16 must not become the step."""
+    """Columns without a gradient have √V = 0; what Newton–Schulz leaves there in bfloat16 must not become the step."""
     p = torch.nn.Parameter(torch.zeros(16, 24))
     optimizer = M3([p], lr=0.01)
     for n in range(5):

@@ -10,7 +10,7 @@
    Seconds are of the one core that the process has, so that other processes on the machine do not count.
 
 Text is the source of the Python standard library, or ``--text``; loss is held-out bits per byte from a fresh state.
-Two layers; batches of 4 sequences of 256 bytes; warm-up over 5 % and a cosine to 5 %; clipped at norm 1; no weight
+Two layers; batches of 2 sequences of 256 bytes; warm-up over 5 % and a cosine to 5 %; clipped at norm 1; no weight
 decay. Runs that are in the results file are not run again: the script may be stopped and started at will, on another
 day with ``--out``.
 """

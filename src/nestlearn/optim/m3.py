@@ -14,7 +14,6 @@ from nestlearn.optim.base import Bucket, MemoryOptimizer
 from nestlearn.optim.checks import check_betas, check_choice, check_count, check_number, check_product_dtype
 from nestlearn.rules import m3 as rule
 
-
 EPS = {"ema": 0.3, "paper": 1e-8}
 
 
