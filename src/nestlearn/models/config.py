@@ -19,7 +19,7 @@ from nestlearn.models.hope import MIXERS, Shape
 # What HOPE's memories start from where the paper is silent; LOG.md has the comparisons behind these values.
 # A write takes from the trained initial weights what they hold along its key. Retention towards them (``retain_to``)
 # gives it back, at 1 − α per token. Heads that write as much as these (η = 0.5: gain times squared input is near 0.6 in
-# w1, 0.3 in w2) must forget fast to keep what was trained; the last head is for what is longer ago. Writing to w2
+# w1, 0.3 in w2) must forget fast to keep what was trained; the first head is for what is longer ago. Writing to w2
 # changes the features that earlier writes to w1 were stored under: so features start large. w1 starts small, which
 # keeps every M near the identity.
 HOPE_MEMORY: dict[str, Any] = {
@@ -27,7 +27,7 @@ HOPE_MEMORY: dict[str, Any] = {
     "momentum": 0.0,
     "rate_max": 4.0,
     "rate_start": 0.125,
-    "retain_start": (0.9, 0.9, 0.9, 0.985),
+    "retain_start": (0.985, 0.9, 0.9, 0.9),
     "retain_to": "initial",
     "slow_rate_scale": 0.02,
     "w1_scale": 0.05,

@@ -3,16 +3,17 @@
 Scaling the inputs once, Y = diag(gain) X, takes the gain out of everything else (letters as in `dgd_chunk`, G the
 output gradients, so that U = −gain · G):
 
-    A = X Yᵀ     N = A ∘ R'     P = (I + N)⁻¹ (share − (A ∘ W') G)     left = W_C G + R_C P
+    K = X Xᵀ     A = X Yᵀ = K diag(gain)     N = A ∘ R'     P = (I + N)⁻¹ (share − (A ∘ W') G)     left = W_C G + R_C P
     added = −leftᵀ Y     added_momentum = −(μ_C G)ᵀ Y     at μ = 0, W' = R':  P + G = (I + N)⁻¹ (share + G)
 
 Backward, d· marking a gradient, with r = (I + N)⁻ᵀ (dP + R_C dleft) the gradient of the right-hand side:
 
     dleft = −Y daddedᵀ     dN = −r Pᵀ     d(A ∘ W') = −r Gᵀ     dA = dN ∘ R' + d(A ∘ W') ∘ W'
     dG = W_C dleft − μ_C (Y dadded_momentumᵀ) − (A ∘ W')ᵀ r
-    dY = −left dadded − (μ_C G) dadded_momentum + dAᵀ X     dX = dA Y + gain · dY     dgain = ⟨dY, X⟩
+    dK = dA diag(gain)     dY = −left dadded − (μ_C G) dadded_momentum     dX = (dK + dKᵀ) X + gain · dY
+    dgain = ⟨dY, X⟩ + column sums of dA ∘ K
 
-X may be shared by all maps of a stack (its second dimension is then 1).
+X may be shared by all maps of a stack (its second dimension is then 1); so is K, and dK and dX are sums over the maps.
 """
 
 from __future__ import annotations
@@ -32,7 +33,6 @@ def fused_write(inputs: Tensor, errors: Tensor, gain: Tensor, share: Tensor, dec
 
     In the result the gain stands on the inputs instead of the updates, which reads the same. First derivatives only.
     """
-    inputs = inputs.expand(*errors.shape[:-1], inputs.shape[-1]).contiguous()
     moment, moment_end = (None, None) if decays.leak is None else (decays.moment, decays.moment_end)
     scaled, solved, added, added_momentum = _FusedWrite.apply(
         inputs, errors, gain, share, decays.retain, decays.retain_end, moment, moment_end, decays.power_end
@@ -55,7 +55,8 @@ class _FusedWrite(torch.autograd.Function):
         power_end: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         y = gain[..., None] * x
-        products = x @ y.mT
+        gram = x @ x.mT
+        products = gram * gain[..., None, :]
         system = products * retain
         inverse = invert_unit_lower(system.flatten(0, 2))
         if moment is None or moment_end is None:
@@ -68,14 +69,16 @@ class _FusedWrite(torch.autograd.Function):
         added = (left.mT @ y).neg_()
         added_momentum = ((power_end * g).mT @ y).neg_()
         ctx.save_for_backward(
-            x, g, gain, y, retain, retain_end, moment, moment_end, power_end, products, inverse, p, left
+            x, g, gain, y, retain, retain_end, moment, moment_end, power_end, gram, products, inverse, p, left
         )
         return y, p, added, added_momentum
 
     @staticmethod
     @first_order
     def backward(ctx: Any, dy: Tensor, dp: Tensor, d_added: Tensor, d_momentum: Tensor) -> tuple[Tensor | None, ...]:
-        x, g, gain, y, retain, retain_end, moment, moment_end, power_end, products, inverse, p, left = ctx.saved_tensors
+        x, g, gain, y, retain, retain_end, moment, moment_end, power_end, gram, products, inverse, p, left = (
+            ctx.saved_tensors
+        )
         d_left = (y @ d_added.mT).neg_()
         r = _product(inverse.mT, torch.addcmul(dp, retain_end, d_left))
         dg = (y @ d_momentum.mT).mul_(power_end).neg_()
@@ -100,9 +103,12 @@ class _FusedWrite(torch.autograd.Function):
             d_retain = torch.mul(d_system, products, out=moved).sum(1, keepdim=True)
             d_moment = torch.mul(d_moved, products, out=moved).sum(1, keepdim=True)
             d_products = d_system.mul_(retain).addcmul_(d_moved, moment)
-        dy += d_products.mT @ x
-        dx = (d_products @ y).addcmul_(gain[..., None], dy)
-        return dx, dg, (dy * x).sum(-1), r, d_retain, d_retain_end, d_moment, d_moment_end, None
+        d_gain = (dy * x).sum(-1) + (d_products * gram).sum(-2)
+        d_gram, dx = d_products.mul_(gain[..., None, :]), dy.mul_(gain[..., None])
+        if x.shape[1] < gain.shape[1]:
+            d_gram, dx = d_gram.sum(1, keepdim=True), dx.sum(1, keepdim=True)
+        dx = dx + (d_gram + d_gram.mT) @ x
+        return dx, dg, d_gain, r, d_retain, d_retain_end, d_moment, d_moment_end, None
 
 
 def _product(matrices: Tensor, t: Tensor) -> Tensor:
