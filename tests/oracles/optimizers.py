@@ -101,7 +101,7 @@ def fourth_root(factor: Tensor, eps: float) -> Tensor:
 
 
 def m3(
-    w, gradients, *, lr, betas=(0.95, 0.95, 0.9), slow_weight=0.5, slow_period=16, ns_steps=5, eps=0.3,
+    w, gradients, *, lr, betas=(0.95, 0.95, 0.9), slow_weight=0.2, slow_period=16, ns_steps=5, eps=0.3,
     weight_decay=0.0, style="ema",
 ):  # fmt: skip
     """Algorithm 1, every memory as the sum over the gradients that it has seen."""

@@ -50,7 +50,7 @@ class M3(MemoryOptimizer):
         lr: float | Tensor,
         *,
         betas: tuple[float, float, float] = (0.95, 0.95, 0.9),
-        slow_weight: float = 0.5,
+        slow_weight: float = 0.2,
         slow_period: int = 16,
         slow_period_unit: str = "steps",
         tokens_per_step: int | None = None,
