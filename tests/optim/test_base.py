@@ -137,7 +137,7 @@ def test_new_groups_may_join_and_old_settings_are_kept_where_a_checkpoint_has_no
     saved = optimizer.state_dict()
     del saved["param_groups"][1]["slow_weight"]
     optimizer.load_state_dict(saved)
-    assert optimizer.param_groups[1]["slow_weight"] == 0.5 and optimizer.param_groups[1]["lr"] == 0.5
+    assert optimizer.param_groups[1]["slow_weight"] == 0.2 and optimizer.param_groups[1]["lr"] == 0.5
 
 
 def test_tied_weights_are_stepped_once():
