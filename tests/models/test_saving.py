@@ -15,7 +15,7 @@ from tests.models.test_contract import SMALL
 SHAPES = [
     {"tie_word_embeddings": tied, **shape}
     for tied in (True, False)
-    for shape in ({}, {"mixer": "gated_delta"}, {"mixer": "attention", "connection": "independent"})
+    for shape in ({}, {"mixer": "gated_deltanet"}, {"mixer": "attention", "connection": "independent"})
 ]
 
 

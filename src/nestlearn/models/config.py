@@ -14,7 +14,7 @@ from nestlearn.errors import UserError, suggest
 from nestlearn.levels import parse_levels
 from nestlearn.memory.self_modifying import SelfModifyingConfig
 from nestlearn.models.continuum import CONNECTIONS, split_hidden
-from nestlearn.models.hope import MIXERS, Shape
+from nestlearn.models.hope import MIXERS, ROTARY, Shape
 
 # What HOPE's memories start from where the paper is silent; LOG.md has the comparisons behind these values.
 # A write takes from the trained initial weights what they hold along its key. Retention towards them (``retain_to``)
@@ -43,7 +43,8 @@ class HopeConfig(PreTrainedConfig):
     intermediate_size  summed hidden width of the CMS levels
     levels             Level objects, dicts, (name, period) pairs or periods in tokens, fastest first
     connection         "sequential", "nested" or "independent"
-    mixer              "self_modifying" (HOPE), "attention" (Hope-Attention) or "gated_delta"
+    mixer              "self_modifying" (HOPE), "attention" (Hope-Attention; with levels=[1] the Transformer), or one of
+                       the others in MIXERS: see docs/baselines.md
     initializer_range  standard deviation of the outer weights at the start; a narrow model learns faster from
                        hidden_size^(−1/2), as the preset tiny-cpu has it (LOG.md)
     memory             settings of SelfModifyingConfig that differ from the defaults; hidden_width defaults to the head
@@ -105,7 +106,7 @@ class HopeConfig(PreTrainedConfig):
             if value not in list(known):
                 raise UserError(f"{name} is {value!r}, must be one of {list(known)}{suggest(str(value), known)}")
         width = self.hidden_size // self.num_attention_heads
-        if self.mixer == "attention" and width % 2:
+        if self.mixer in ROTARY and width % 2:
             raise UserError(f"hidden_size / num_attention_heads is {width}, must be even for the rotary positions")
         levels = parse_levels(self.levels)
         split_hidden(self.intermediate_size, levels, self.connection)

@@ -10,6 +10,13 @@ from torch import nn
 from nestlearn.models.hope import HopeBackbone
 from nestlearn.models.memory_layer import SelfModifyingLayer
 
+_MATRIX = {  # inner objective and rule of the mixers whose memory is a matrix
+    "gated_delta": ("½‖S k − v‖²", "gated delta rule"),
+    "retnet": ("−⟨S k, v⟩", "Hebbian rule, fixed retention"),
+    "deltanet": ("½‖S k − v‖²", "delta rule"),
+    "gated_deltanet": ("½‖S k − v‖²", "gated delta rule"),
+}
+
 
 class LevelRow(NamedTuple):
     """One line of the table of levels: what changes, how often (tokens), by which objective, from which context."""
@@ -44,7 +51,8 @@ def _mixer_rows(backbone: HopeBackbone) -> list[LevelRow]:
     if backbone.shape.mixer == "attention":
         regression = "Nadaraya–Watson regression"
         return [LevelRow("attention (non-parametric)", 1, regression, "all tokens so far", 0, "softmax")]
-    return [LevelRow("matrix memory", 1, "½‖S k − v‖²", "tokens of the stream", 0, "gated delta rule")]
+    objective, rule = _MATRIX[backbone.shape.mixer]
+    return [LevelRow("matrix memory", 1, objective, "tokens of the stream", 0, rule)]
 
 
 def _memory_rows(backbone: HopeBackbone) -> list[LevelRow]:

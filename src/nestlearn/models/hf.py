@@ -18,6 +18,7 @@ from nestlearn.levels import Level
 from nestlearn.memory.deep import InitialWeights
 from nestlearn.memory.self_modifying import ReadOut, SelfModifyingMemory
 from nestlearn.memory.state import State
+from nestlearn.models.baselines import DecayGate
 from nestlearn.models.config import HopeConfig
 from nestlearn.models.continuum import Continuum
 from nestlearn.models.describe import LevelRow, level_table
@@ -114,7 +115,7 @@ class HopePreTrainedModel(PreTrainedModel):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
         elif isinstance(module, InitialWeights):
             module.reset_parameters()
-        elif isinstance(module, CausalConv | ReadOut):
+        elif isinstance(module, CausalConv | DecayGate | ReadOut):
             _reset_what_is_not_loaded(module)
         elif isinstance(module, nn.ParameterDict):
             # Hugging Face visits the modules that hold a parameter themselves, not their owners.
@@ -127,7 +128,7 @@ class HopePreTrainedModel(PreTrainedModel):
             nn.init.ones_(module.weights)
 
 
-def _reset_what_is_not_loaded(module: CausalConv | ReadOut) -> None:
+def _reset_what_is_not_loaded(module: CausalConv | DecayGate | ReadOut) -> None:
     """Hugging Face protects loaded weights from the functions of nn.init only; these modules also copy and add."""
     loaded = [(p, p.clone()) for p in module.parameters() if getattr(p, "_is_hf_initialized", False)]
     module.reset_parameters()

@@ -18,6 +18,7 @@ from nestlearn.levels import Level
 from nestlearn.memory.self_modifying import SelfModifyingConfig
 from nestlearn.memory.state import State
 from nestlearn.models.attention import CausalAttention
+from nestlearn.models.baselines import DeltaNetLayer, GatedDeltaNetLayer, RetNetLayer
 from nestlearn.models.continuum import Continuum
 from nestlearn.models.memory_layer import GatedDeltaLayer, SelfModifyingLayer
 from nestlearn.models.mlp import RMSNorm
@@ -45,7 +46,15 @@ MIXERS: dict[str, Callable[[Shape], nn.Module]] = {
     "gated_delta": lambda s: GatedDeltaLayer(
         s.hidden_size, s.heads, chunk=s.memory.chunk, conv_width=s.conv_width, eps=s.eps
     ),
+    "retnet": lambda s: RetNetLayer(s.hidden_size, s.heads, chunk=s.memory.chunk, rope_theta=s.rope_theta, eps=s.eps),
+    "deltanet": lambda s: DeltaNetLayer(
+        s.hidden_size, s.heads, chunk=s.memory.chunk, conv_width=s.conv_width, eps=s.eps
+    ),
+    "gated_deltanet": lambda s: GatedDeltaNetLayer(
+        s.hidden_size, s.heads, chunk=s.memory.chunk, conv_width=s.conv_width, eps=s.eps
+    ),
 }
+ROTARY = ("attention", "retnet")  # mixers with rotary positions, which need an even head width
 
 
 @dataclass(frozen=True)
