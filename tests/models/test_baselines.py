@@ -1,4 +1,4 @@
-"""The linear-attention baselines against the forms of their papers and against transformers' Qwen3-Next."""
+"""The baselines against the forms of their papers and against transformers' Qwen3-Next."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from transformers import Qwen3NextConfig
 from transformers.models.qwen3_next import modeling_qwen3_next as qwen
 
 from nestlearn.memory.linear import LinearConfig, LinearMemory
-from nestlearn.models.baselines import DeltaNetLayer, GatedDeltaNetLayer, RetNetLayer
+from nestlearn.memory.titans import TitansConfig
+from nestlearn.models.baselines import DeltaNetLayer, GatedDeltaNetLayer, RetNetLayer, TitansLayer, TTTLayer
 from tests.oracles import linear_attention as oracle
+from tests.oracles import titans as titans_oracle
 
 BATCH, TOKENS, HEADS, WIDTH = 2, 37, 4, 32
 HEAD, THETA, EPS = WIDTH // HEADS, 500.0, 1e-6
@@ -29,10 +31,14 @@ def normed(t: Tensor) -> Tensor:
 def layer(kind: type, **settings) -> nn.Module:
     """In float64, no weight as it was initialised."""
     torch.manual_seed(0)
-    made = kind(WIDTH, HEADS, chunk=8, eps=EPS, **settings).double()
+    made = kind(WIDTH, eps=EPS, **settings).double()
     for parameter in made.parameters():
         parameter += 0.3 * torch.randn_like(parameter)
     return made
+
+
+def tokens() -> Tensor:
+    return torch.randn(BATCH, TOKENS, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
 def read(key: Tensor, value: Tensor, query: Tensor, run) -> Tensor:
@@ -59,7 +65,10 @@ def framed(made: nn.Module, x: Tensor, mix) -> Tensor:
 
 @torch.no_grad()
 def test_retnet_is_its_parallel_form():
-    made, x = layer(RetNetLayer, rope_theta=THETA), torch.randn(BATCH, TOKENS, WIDTH, dtype=torch.float64)
+    made, x = (
+        layer(RetNetLayer, heads=HEADS, chunk=8, rope_theta=THETA),
+        tokens(),
+    )
 
     def one(query: Tensor, key: Tensor, value: Tensor, row: int, head: int) -> Tensor:
         query, key = (oracle.rotated(t, THETA) for t in (query, key))
@@ -74,7 +83,7 @@ def test_retnet_is_its_parallel_form():
 @torch.no_grad()
 @pytest.mark.parametrize("kind", [DeltaNetLayer, GatedDeltaNetLayer])
 def test_the_delta_nets_are_their_recurrent_form(kind):
-    made, x = layer(kind, conv_width=4), torch.randn(BATCH, TOKENS, WIDTH, dtype=torch.float64)
+    made, x = layer(kind, heads=HEADS, chunk=8, conv_width=4), tokens()
     beta = torch.sigmoid(F.linear(x, made.rate_read.weight, made.rate_read.bias))
     alpha = torch.ones_like(beta)
     if kind is GatedDeltaNetLayer:
@@ -88,6 +97,33 @@ def test_the_delta_nets_are_their_recurrent_form(kind):
 
     def mix(*inputs: Tensor) -> Tensor:
         key, value, query = (t * torch.sigmoid(t) for t in inputs)
+        return read(normed(key), value, normed(query), one)
+
+    assert (made(x)[0] - framed(made, x, mix)).abs().max() <= 1e-10
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [TitansLayer, TTTLayer])
+def test_the_deep_memories_are_their_objective(kind):
+    config = TitansConfig(HEAD, 6, HEADS, chunk=8, inner_norm=kind is TTTLayer)
+    made, x = layer(kind, conv_width=4, config=config), tokens()
+
+    def gate(name: str, otherwise: float) -> Tensor:
+        if not hasattr(made, name):
+            return torch.full((BATCH, TOKENS, HEADS), otherwise, dtype=torch.float64)
+        return torch.sigmoid(F.linear(x, getattr(made, name).weight, getattr(made, name).bias))
+
+    gates = (gate("rate_read", 0) / 8, gate("retain_read", 1), gate("momentum_read", 0))
+    initial, norm = made.memory.initial, made.memory.norm
+
+    def one(query: Tensor, key: Tensor, value: Tensor, row: int, head: int) -> Tensor:
+        network = {"w1": initial.w1[head], "w2": initial.w2[head]}
+        inner = norm and titans_oracle.Norm(norm.weight[head, 0], norm.bias[head, 0])
+        given = (key, value, *(g[row, :, head] for g in gates), query)
+        return titans_oracle.run(given, network, 8, inner)[0] - query
+
+    def mix(*inputs: Tensor) -> Tensor:
+        key, value, query = inputs if kind is TTTLayer else (F.silu(t) for t in inputs)
         return read(normed(key), value, normed(query), one)
 
     assert (made(x)[0] - framed(made, x, mix)).abs().max() <= 1e-10
@@ -116,7 +152,10 @@ def test_the_layer_is_qwens_gated_deltanet():
         linear_value_head_dim=HEAD, linear_conv_kernel_dim=4, num_hidden_layers=1, layer_types=["linear_attention"],
         rms_norm_eps=EPS,
     )  # fmt: skip
-    made, theirs = layer(GatedDeltaNetLayer, conv_width=4).float(), qwen.Qwen3NextGatedDeltaNet(config, 0)
+    made, theirs = (
+        layer(GatedDeltaNetLayer, heads=HEADS, chunk=8, conv_width=4).float(),
+        qwen.Qwen3NextGatedDeltaNet(config, 0),
+    )
     key, value, query, gate = (w.view(HEADS, HEAD, WIDTH) for w in made.project.weight.chunk(4))
     theirs.in_proj_qkvz.weight.copy_(torch.cat([query, key, value, gate], dim=1).flatten(0, 1))
     made.rate_read.bias.zero_()  # theirs has none

@@ -38,6 +38,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "retnet": {"mixer": "retnet", "memory": {"chunk": 16}},
     "deltanet": {"mixer": "deltanet", "memory": {"chunk": 16}},
     "gated deltanet": {"mixer": "gated_deltanet", "memory": {"chunk": 16}},
+    "titans": {"mixer": "titans", "memory": {"chunk": 16, "memory_chunk": 8}},
+    "ttt": {"mixer": "ttt_mlp", "memory": {"chunk": 16}},
     "nested": {"connection": "nested", "memory": {"chunk": 16}},
     "independent": {"connection": "independent", "memory": {"chunk": 16}},
 }
@@ -48,7 +50,7 @@ def test_contract(name, tmp_path):
     check_model(HopeConfig(**{**SMALL, **VARIANTS[name]}), tmp_path)
 
 
-@pytest.mark.parametrize("name", ["16-4", "gated delta", "retnet", "deltanet"])
+@pytest.mark.parametrize("name", ["16-4", "gated delta", "retnet", "deltanet", "titans", "ttt"])
 def test_a_token_is_felt_hundreds_of_positions_later(name):
     """Far beyond the convolutions' reach, which is 3 tokens per layer."""
     config = HopeConfig(**{**SMALL, **VARIANTS[name]})

@@ -3,9 +3,11 @@
     retnet          M ← γ M + v kᵀ                         γ fixed per head, k and q rotated    arXiv 2307.08621
     deltanet        M ← M (I − η k kᵀ) + η v kᵀ            η = sigmoid(w_η x)                   arXiv 2406.06484
     gated_deltanet  M ← α M (I − η k kᵀ) + η v kᵀ          α = exp(−A softplus(w_α x + b))      arXiv 2412.06464
+    titans          M an MLP, by gradient descent with momentum and forgetting: `memory/titans.py`      arXiv 2501.00663
+    ttt_mlp         the same without either, a layer norm in the memory                      arXiv 2407.04620
 
-All of them read after the write, y = M q / √d. The Transformer is no class of its own: it is mixer "attention" over one
-level of period 1.
+All of them read after the write, the matrices y = M q / √d. The Transformer is no class of its own: it is mixer
+"attention" over one level of period 1.
 
 Letters: B batch, T tokens, H heads, d head width, D = H d model width.
 """
@@ -23,6 +25,7 @@ from torch.nn import functional as F
 from nestlearn.memory.linear import LinearConfig, LinearMemory, LinearState
 from nestlearn.memory.self_modifying import ReadOut, inner_dtype
 from nestlearn.memory.state import State
+from nestlearn.memory.titans import TitansConfig, TitansMemory
 from nestlearn.models.attention import rotate
 from nestlearn.models.memory_layer import MemoryFrame
 from nestlearn.ops.pointwise import l2norm
@@ -66,7 +69,7 @@ class DeltaNetLayer(MemoryFrame):
 
     def _memorise(self, x: Tensor, key: Tensor, value: Tensor, query: Tensor, state: Any) -> tuple[Tensor, State]:
         key, value, query = (F.silu(t) for t in (key, value, query))
-        rate = torch.sigmoid(F.linear(x, self.rate_read.weight, self.rate_read.bias))
+        rate = gate(self.rate_read, x)
         return self.memory(l2norm(key), value, rate, self._retain(x), l2norm(query) * self.head_width**-0.5, state)
 
     def _retain(self, x: Tensor) -> Tensor:
@@ -83,6 +86,50 @@ class GatedDeltaNetLayer(DeltaNetLayer):
 
     def _retain(self, x: Tensor) -> Tensor:
         return self.decay(x)
+
+
+class TitansLayer(MemoryFrame):
+    """Titans' neural memory (LMM): θ, α and μ are sigmoids of the token; the frame takes the query off, as in HOPE.
+
+    The step is explicit, and a chunk sums the gradients of all its tokens: θ is at most 1/chunk, so that the largest
+    step on a chunk does not grow with its length.
+    """
+
+    def __init__(self, width: int, config: TitansConfig, *, conv_width: int, eps: float) -> None:
+        super().__init__(width, config.heads, conv_width=conv_width, eps=eps)
+        self.memory = TitansMemory(config)
+        self.rate_read = ReadOut(config.heads, width, 0.5)
+        self.retain_read = ReadOut(config.heads, width, 0.99)
+        self.momentum_read = ReadOut(config.heads, width, 0.5)
+
+    def _memorise(self, x: Tensor, key: Tensor, value: Tensor, query: Tensor, state: Any) -> tuple[Tensor, State]:
+        key, value, query = l2norm(F.silu(key)), F.silu(value), l2norm(F.silu(query))
+        rate, retain, momentum = (gate(read, x) for read in (self.rate_read, self.retain_read, self.momentum_read))
+        y, end = self.memory(key, value, rate / self.memory.config.chunk, retain, momentum, query, state)
+        return y - query, end
+
+
+class TTTLayer(MemoryFrame):
+    """TTT-MLP: mini-batches of ``chunk`` tokens, a learned step per token, nothing forgotten."""
+
+    def __init__(self, width: int, config: TitansConfig, *, conv_width: int, eps: float) -> None:
+        super().__init__(width, config.heads, conv_width=conv_width, eps=eps)
+        self.memory = TitansMemory(config)
+        self.rate_read = ReadOut(config.heads, width, 0.5)
+
+    def _memorise(self, x: Tensor, key: Tensor, value: Tensor, query: Tensor, state: Any) -> tuple[Tensor, State]:
+        key, query = l2norm(key), l2norm(query)
+        rate = gate(self.rate_read, x)
+        y, end = self.memory(
+            key, value, rate / self.memory.config.chunk, torch.ones_like(rate), torch.zeros_like(rate), query, state
+        )
+        return y - query, end
+
+
+def gate(read: ReadOut, x: Tensor) -> Tensor:
+    """sigmoid of a read-out of x (B, T, D): (B, T, H), in float32 at least, where values near 1 keep their digits."""
+    dtype = inner_dtype(x.dtype)
+    return torch.sigmoid(F.linear(x.to(dtype), read.weight.to(dtype), read.bias.to(dtype)))
 
 
 class DecayGate(nn.Module):

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from torch import nn
 
 from nestlearn.models.hope import HopeBackbone
 from nestlearn.models.memory_layer import SelfModifyingLayer
 
-_MATRIX = {  # inner objective and rule of the mixers whose memory is a matrix
-    "gated_delta": ("½‖S k − v‖²", "gated delta rule"),
-    "retnet": ("−⟨S k, v⟩", "Hebbian rule, fixed retention"),
-    "deltanet": ("½‖S k − v‖²", "delta rule"),
-    "gated_deltanet": ("½‖S k − v‖²", "gated delta rule"),
+_BASELINES = {  # component, inner objective and rule of the mixers with one memory and nothing that generates for it
+    "gated_delta": ("matrix memory", "½‖S k − v‖²", "gated delta rule"),
+    "retnet": ("matrix memory", "−⟨S k, v⟩", "Hebbian rule, fixed retention"),
+    "deltanet": ("matrix memory", "½‖S k − v‖²", "delta rule"),
+    "gated_deltanet": ("matrix memory", "½‖S k − v‖²", "gated delta rule"),
+    "titans": ("memory", "½‖M(k) − v‖²", "gradient descent, gated momentum"),
+    "ttt_mlp": ("memory", "½‖M(k) − v‖²", "gradient descent"),
 }
 
 
@@ -51,8 +53,9 @@ def _mixer_rows(backbone: HopeBackbone) -> list[LevelRow]:
     if backbone.shape.mixer == "attention":
         regression = "Nadaraya–Watson regression"
         return [LevelRow("attention (non-parametric)", 1, regression, "all tokens so far", 0, "softmax")]
-    objective, rule = _MATRIX[backbone.shape.mixer]
-    return [LevelRow("matrix memory", 1, objective, "tokens of the stream", 0, rule)]
+    component, objective, rule = _BASELINES[backbone.shape.mixer]
+    size = sum(count(cast(nn.Module, block.mixer.memory)) for block in backbone.layers)
+    return [LevelRow(component, 1, objective, "tokens of the stream", size, rule)]
 
 
 def _memory_rows(backbone: HopeBackbone) -> list[LevelRow]:

@@ -18,6 +18,7 @@ from nestlearn.levels import Level
 from nestlearn.memory.deep import InitialWeights
 from nestlearn.memory.self_modifying import ReadOut, SelfModifyingMemory
 from nestlearn.memory.state import State
+from nestlearn.memory.titans import InnerNorm
 from nestlearn.models.baselines import DecayGate
 from nestlearn.models.config import HopeConfig
 from nestlearn.models.continuum import Continuum
@@ -113,7 +114,7 @@ class HopePreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
-        elif isinstance(module, InitialWeights):
+        elif isinstance(module, InitialWeights | InnerNorm):
             module.reset_parameters()
         elif isinstance(module, CausalConv | DecayGate | ReadOut):
             _reset_what_is_not_loaded(module)

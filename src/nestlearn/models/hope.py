@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from nestlearn.levels import Level
 from nestlearn.memory.self_modifying import SelfModifyingConfig
 from nestlearn.memory.state import State
+from nestlearn.memory.titans import TitansConfig
 from nestlearn.models.attention import CausalAttention
-from nestlearn.models.baselines import DeltaNetLayer, GatedDeltaNetLayer, RetNetLayer
+from nestlearn.models.baselines import DeltaNetLayer, GatedDeltaNetLayer, RetNetLayer, TitansLayer, TTTLayer
 from nestlearn.models.continuum import Continuum
 from nestlearn.models.memory_layer import GatedDeltaLayer, SelfModifyingLayer
 from nestlearn.models.mlp import RMSNorm
@@ -40,6 +41,14 @@ class Shape(NamedTuple):
     eps: float
 
 
+def deep_memory(s: Shape, *, inner_norm: bool = False) -> TitansConfig:
+    """The baselines' MLP memory: the sizes and the initial spread of HOPE's own."""
+    m = s.memory
+    return TitansConfig(
+        m.head_width, m.hidden_width, m.heads, m.memory_length, m.w1_scale, m.w2_scale, inner_norm, m.recompute
+    )
+
+
 MIXERS: dict[str, Callable[[Shape], nn.Module]] = {
     "self_modifying": lambda s: SelfModifyingLayer(s.hidden_size, s.memory, conv_width=s.conv_width, eps=s.eps),
     "attention": lambda s: CausalAttention(s.hidden_size, s.heads, rope_theta=s.rope_theta),
@@ -53,6 +62,8 @@ MIXERS: dict[str, Callable[[Shape], nn.Module]] = {
     "gated_deltanet": lambda s: GatedDeltaNetLayer(
         s.hidden_size, s.heads, chunk=s.memory.chunk, conv_width=s.conv_width, eps=s.eps
     ),
+    "titans": lambda s: TitansLayer(s.hidden_size, deep_memory(s), conv_width=s.conv_width, eps=s.eps),
+    "ttt_mlp": lambda s: TTTLayer(s.hidden_size, deep_memory(s, inner_norm=True), conv_width=s.conv_width, eps=s.eps),
 }
 ROTARY = ("attention", "retnet")  # mixers with rotary positions, which need an even head width
 
