@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 from torch import nn
 
+from nestlearn.memory import LinearMemory, TitansMemory
 from nestlearn.models.hope import HopeBackbone
 from nestlearn.models.memory_layer import SelfModifyingLayer
 
@@ -51,11 +52,18 @@ def _mixer_rows(backbone: HopeBackbone) -> list[LevelRow]:
     if backbone.shape.mixer == "self_modifying":
         return _memory_rows(backbone)
     if backbone.shape.mixer == "attention":
-        regression = "Nadaraya–Watson regression"
-        return [LevelRow("attention (non-parametric)", 1, regression, "all tokens so far", 0, "softmax")]
-    component, objective, rule = _BASELINES[backbone.shape.mixer]
-    size = sum(count(cast(nn.Module, block.mixer.memory)) for block in backbone.layers)
-    return [LevelRow(component, 1, objective, "tokens of the stream", size, rule)]
+        return [_attention_row("all tokens so far")]
+    kind, _, hybrid = backbone.shape.mixer.partition("titans_")
+    component, objective, rule = _BASELINES[kind or "titans"]
+    size = sum(count(module) for module in backbone.modules() if isinstance(module, LinearMemory | TitansMemory))
+    rows = [LevelRow(component, 1, objective, "tokens of the stream", size, rule)]
+    if hybrid:
+        rows.append(_attention_row(f"the last {backbone.shape.window} tokens"))
+    return rows
+
+
+def _attention_row(context: str) -> LevelRow:
+    return LevelRow("attention (non-parametric)", 1, "Nadaraya–Watson regression", context, 0, "softmax")
 
 
 def _memory_rows(backbone: HopeBackbone) -> list[LevelRow]:

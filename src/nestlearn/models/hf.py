@@ -28,6 +28,7 @@ from nestlearn.models.memory_layer import CausalConv
 from nestlearn.models.mlp import RMSNorm
 from nestlearn.models.padding import real_spans, run_unpadded
 from nestlearn.models.trace import Trace, trace
+from nestlearn.models.window_attention import WindowAttention
 
 _ALIGNED = 64  # bytes, of memory that torch allocates
 
@@ -116,6 +117,8 @@ class HopePreTrainedModel(PreTrainedModel):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
         elif isinstance(module, InitialWeights | InnerNorm):
             module.reset_parameters()
+        elif isinstance(module, WindowAttention):
+            module.reset_persistent()
         elif isinstance(module, CausalConv | DecayGate | ReadOut):
             _reset_what_is_not_loaded(module)
         elif isinstance(module, nn.ParameterDict):
