@@ -113,7 +113,8 @@ def test_the_deep_memories_are_their_objective(kind):
             return torch.full((BATCH, TOKENS, HEADS), otherwise, dtype=torch.float64)
         return torch.sigmoid(F.linear(x, getattr(made, name).weight, getattr(made, name).bias))
 
-    gates = (gate("rate_read", 0) / 8, gate("retain_read", 1), gate("momentum_read", 0))
+    momentum = gate("momentum_read", 0)
+    gates = ((1 - momentum) * gate("rate_read", 0) / 8, gate("retain_read", 1), momentum)
     initial, norm = made.memory.initial, made.memory.norm
 
     def one(query: Tensor, key: Tensor, value: Tensor, row: int, head: int) -> Tensor:
@@ -127,6 +128,18 @@ def test_the_deep_memories_are_their_objective(kind):
         return read(normed(key), value, normed(query), one)
 
     assert (made(x)[0] - framed(made, x, mix)).abs().max() <= 1e-10
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bias", [-3.0, 0.0, 3.0])
+def test_titans_stays_bounded_on_a_constant_stream_at_its_largest_rate(bias):
+    """Identical tokens add up: without its bounds the explicit step would diverge."""
+    torch.manual_seed(0)
+    made = TitansLayer(WIDTH, TitansConfig(HEAD, HEAD, HEADS, chunk=32), conv_width=4, eps=EPS)
+    made.rate_read.bias.fill_(10)
+    made.momentum_read.bias.fill_(bias)
+    _, state = made(torch.randn(1, 1, WIDTH).expand(1, 2000, WIDTH))
+    assert max(state.memory.w1.abs().max(), state.memory.w2.abs().max()) < 10
 
 
 @torch.no_grad()

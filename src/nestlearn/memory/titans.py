@@ -31,14 +31,12 @@ from nestlearn.ops.scan import Tensors
 
 @dataclass(frozen=True)
 class TitansConfig(Sizes):
-    """Sizes; spread of the initial weights times 1/sqrt(fan-in); n.
+    """Sizes, n, and how the backward pass runs.
 
     inner_norm  n is a layer norm instead of the identity
     recompute   lean backward pass; False stores everything and allows higher derivatives
     """
 
-    w1_scale: float = 1.0
-    w2_scale: float = 1.0
     inner_norm: bool = False
     recompute: bool = True
 
@@ -64,7 +62,7 @@ class TitansMemory(nn.Module):
     def __init__(self, config: TitansConfig) -> None:
         super().__init__()
         self.config = c = config
-        self.initial = InitialWeights(c.heads, c.head_width, c.hidden_width, c.w1_scale, c.w2_scale)
+        self.initial = InitialWeights(c.heads, c.head_width, c.hidden_width)
         self.norm = InnerNorm(c.heads, c.head_width) if c.inner_norm else None
 
     def init_state(self, batch: int) -> FastState:

@@ -91,21 +91,23 @@ class GatedDeltaNetLayer(DeltaNetLayer):
 class TitansLayer(MemoryFrame):
     """Titans' neural memory (LMM): θ, α and μ are sigmoids of the token; the frame takes the query off, as in HOPE.
 
-    The step is explicit, and a chunk sums the gradients of all its tokens: θ is at most 1/chunk, so that the largest
-    step on a chunk does not grow with its length.
+    The step is explicit, a chunk sums its tokens' gradients, and momentum adds them up again: θ is at most
+    (1 − μ)/chunk, so that the largest step grows with neither. Retention pulls both layers to zero, where neither has
+    a gradient: α starts near 1.
     """
 
     def __init__(self, width: int, config: TitansConfig, *, conv_width: int, eps: float) -> None:
         super().__init__(width, config.heads, conv_width=conv_width, eps=eps)
         self.memory = TitansMemory(config)
         self.rate_read = ReadOut(config.heads, width, 0.5)
-        self.retain_read = ReadOut(config.heads, width, 0.99)
+        self.retain_read = ReadOut(config.heads, width, 0.9999)
         self.momentum_read = ReadOut(config.heads, width, 0.5)
 
     def _memorise(self, x: Tensor, key: Tensor, value: Tensor, query: Tensor, state: Any) -> tuple[Tensor, State]:
         key, value, query = l2norm(F.silu(key)), F.silu(value), l2norm(F.silu(query))
         rate, retain, momentum = (gate(read, x) for read in (self.rate_read, self.retain_read, self.momentum_read))
-        y, end = self.memory(key, value, rate / self.memory.config.chunk, retain, momentum, query, state)
+        rate = (1 - momentum) * rate / self.memory.config.chunk
+        y, end = self.memory(key, value, rate, retain, momentum, query, state)
         return y - query, end
 
 

@@ -51,10 +51,10 @@ def delta_rule(kind: Callable[..., nn.Module]) -> Callable[[Shape], nn.Module]:
 
 
 def deep_memory(s: Shape, *, inner_norm: bool = False) -> TitansConfig:
-    """The baselines' MLP memory: the sizes and the initial spread of HOPE's own."""
+    """The baselines' MLP memory, of the sizes of HOPE's own."""
     m = s.memory
     return TitansConfig(
-        m.head_width, m.hidden_width, m.heads, m.memory_length, m.w1_scale, m.w2_scale, inner_norm, m.recompute
+        m.head_width, m.hidden_width, m.heads, m.memory_length, inner_norm=inner_norm, recompute=m.recompute
     )
 
 
