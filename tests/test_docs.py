@@ -40,7 +40,7 @@ def test_the_cited_equations_stand_in_the_source(row):
 
 def numbers(text: str) -> set[int | str]:
     """All equation numbers after "NL Eq.", ranges filled in, and all sections after "NL §"."""
-    found: set[int | str] = set(re.findall(r"NL §(\d+\.\d+)", text))
+    found: set[int | str] = set(re.findall(r"NL §(\d+(?:\.\d+)?)", text))
     for listed in re.findall(r"NL Eq\. ([\d–, -]+)", text):
         for part in re.findall(r"\d+(?:–\d+)?", listed):
             first, _, last = part.partition("–")

@@ -86,12 +86,12 @@ def test_gradcheck(rule):
     assert torch.autograd.gradcheck(lambda *g: module(*g)[0], given)
 
 
-@pytest.mark.parametrize("rule", ["delta", "dgd"])
+@pytest.mark.parametrize("rule", ["delta", "gated_delta", "dgd"])
 def test_recalls_what_it_stored(rule):
     """Orthonormal keys, full writes, no forgetting: every pair is read back, the newest included."""
     keys = torch.eye(IN, dtype=torch.float64)[None, :, None].repeat(1, 1, HEADS, 1)
     values, gates = torch.randn(1, IN, HEADS, OUT, dtype=torch.float64), torch.ones(1, IN, HEADS, dtype=torch.float64)
-    rate = gates if rule == "delta" else 1e12 * gates
+    rate = 1e12 * gates if rule == "dgd" else gates
     module = memory(rule)
     reads, state = module(keys, values, rate, gates, keys)
     assert torch.allclose(reads, values, atol=1e-9)

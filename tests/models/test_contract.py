@@ -35,6 +35,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "adaptive q": {"memory": {"chunk": 16, "memory_chunk": 4, "adaptive": ("k", "v", "eta", "alpha", "q")}},
     "attention": {"mixer": "attention", "memory": {"chunk": 16}},
     "gated delta": {"mixer": "gated_delta", "memory": {"chunk": 16}},
+    "retnet": {"mixer": "retnet", "memory": {"chunk": 16}},
+    "deltanet": {"mixer": "deltanet", "memory": {"chunk": 16}},
+    "gated deltanet": {"mixer": "gated_deltanet", "memory": {"chunk": 16}},
+    "titans": {"mixer": "titans", "memory": {"chunk": 16, "memory_chunk": 8}},
+    "ttt": {"mixer": "ttt_mlp", "memory": {"chunk": 16}},
+    "titans mac": {"mixer": "titans_mac", "window": 11, "memory": {"chunk": 8}},
+    "titans mag": {"mixer": "titans_mag", "window": 6, "memory": {"chunk": 16}},
+    "titans mal": {"mixer": "titans_mal", "window": 6, "memory": {"chunk": 16}},
     "nested": {"connection": "nested", "memory": {"chunk": 16}},
     "independent": {"connection": "independent", "memory": {"chunk": 16}},
 }
@@ -45,7 +53,7 @@ def test_contract(name, tmp_path):
     check_model(HopeConfig(**{**SMALL, **VARIANTS[name]}), tmp_path)
 
 
-@pytest.mark.parametrize("name", ["16-4", "gated delta"])
+@pytest.mark.parametrize("name", ["16-4", "gated delta", "retnet", "deltanet", "titans", "ttt", "titans mac"])
 def test_a_token_is_felt_hundreds_of_positions_later(name):
     """Far beyond the convolutions' reach, which is 3 tokens per layer."""
     config = HopeConfig(**{**SMALL, **VARIANTS[name]})

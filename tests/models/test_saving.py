@@ -12,11 +12,13 @@ from nestlearn.errors import UserError
 from tests.contracts.model import initialised, tokens
 from tests.models.test_contract import SMALL
 
-SHAPES = [
-    {"tie_word_embeddings": tied, **shape}
-    for tied in (True, False)
-    for shape in ({}, {"mixer": "gated_delta"}, {"mixer": "attention", "connection": "independent"})
-]
+MIXED = (
+    {"mixer": "gated_deltanet"},
+    {"mixer": "ttt_mlp"},
+    {"mixer": "titans_mag"},
+    {"mixer": "attention", "connection": "independent"},
+)
+SHAPES = [{"tie_word_embeddings": tied, **shape} for tied in (True, False) for shape in ({}, *MIXED)]
 
 
 @pytest.fixture
@@ -59,7 +61,7 @@ def test_every_weight_comes_back(shape, tmp_path, poisoned):
     assert ("lm_head.weight" in load_file(tmp_path / "model.safetensors")) == (not tied)
 
 
-@pytest.mark.parametrize("shape", SHAPES[:3])
+@pytest.mark.parametrize("shape", SHAPES[:5])
 def test_a_missing_weight_is_initialised_and_no_other_is_touched(shape, tmp_path, poisoned):
     model = changed(**shape)
     model.save_pretrained(tmp_path)

@@ -1,8 +1,8 @@
 """Truths for the learning rules on a matrix memory M (out, in): the objective, and a step that differentiates
 or solves it.
 
-One token (or one window) at a time, no batch. rate, retain: scalars. Retention always scales the old state alone:
-``M <- retain M + (step(M) - M)``.
+One token (or one window) at a time, no batch. rate, retain: scalars. Retention scales the old state alone,
+``M <- retain M + (step(M) - M)``, but for gated_delta, where it comes before the step.
 """
 
 from __future__ import annotations
@@ -24,6 +24,11 @@ def hebbian(state: Tensor, key: Tensor, value: Tensor, rate: Tensor, retain: Ten
 
 def delta(state: Tensor, key: Tensor, value: Tensor, rate: Tensor, retain: Tensor) -> Tensor:
     return gradient_step(lambda m: 0.5 * rate * (m @ key - value).square().sum(), state, retain)
+
+
+def gated_delta(state: Tensor, key: Tensor, value: Tensor, rate: Tensor, retain: Tensor) -> Tensor:
+    """Forgets first: the gradient is taken at what is left."""
+    return delta(retain * state, key, value, rate, torch.ones_like(retain))
 
 
 def omega(state: Tensor, keys: Tensor, values: Tensor, rates: Tensor, retain: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from tests.contracts.rule import case, check_rule
 from tests.oracles import rules as oracle
 from tests.oracles.dgd import write
 
-ONE_TOKEN = ["hebbian", "delta", "oja", "dgd"]
+ONE_TOKEN = ["hebbian", "delta", "gated_delta", "oja", "dgd"]
 
 
 @pytest.mark.parametrize("name", ONE_TOKEN)

@@ -4,6 +4,7 @@ from nestlearn.memory.deep_memory import DeepConfig, DeepMemory
 from nestlearn.memory.linear import LinearConfig, LinearMemory
 from nestlearn.memory.self_modifying import SelfModifyingConfig, SelfModifyingMemory
 from nestlearn.memory.state import State
+from nestlearn.memory.titans import TitansConfig, TitansMemory
 
 __all__ = [
     "DeepConfig",
@@ -13,4 +14,6 @@ __all__ = [
     "SelfModifyingConfig",
     "SelfModifyingMemory",
     "State",
+    "TitansConfig",
+    "TitansMemory",
 ]

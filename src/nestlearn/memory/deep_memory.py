@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from nestlearn.errors import UserError
 from nestlearn.memory.deep import Fast, InitialWeights, Weights, WriteRule, deep_chunk
-from nestlearn.memory.stream import FastState, run_stream
+from nestlearn.memory.stream import FastState, Step, run_stream
 from nestlearn.ops.dgd_chunk import chunk_decays
 from nestlearn.ops.pointwise import l2norm
 from nestlearn.ops.scan import Tensors
@@ -25,22 +25,26 @@ _LEAST = 1e-13  # a retention below this keeps nothing either, and its logarithm
 
 
 @dataclass(frozen=True)
-class DeepConfig:
-    """Widths d, h, heads H and chunk in tokens, each at least 1, and how to write.
-
-    ``rule.target_norm`` "l2" normalises the given values first; ``rule.fused`` False allows higher derivatives.
-    """
+class Sizes:
+    """Widths d, h, heads H and chunk in tokens, each at least 1."""
 
     head_width: int
     hidden_width: int
     heads: int = 1
     chunk: int = 64
-    rule: WriteRule = field(default_factory=lambda: WriteRule(target_norm="none"))
 
     def __post_init__(self) -> None:
         for name in ("head_width", "hidden_width", "heads", "chunk"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}, must be at least 1")
+
+
+@dataclass(frozen=True)
+class DeepConfig(Sizes):
+    """Sizes, and how to write: ``rule.target_norm`` "l2" normalises the given values first; ``rule.fused`` False allows
+    higher derivatives."""
+
+    rule: WriteRule = field(default_factory=lambda: WriteRule(target_norm="none"))
 
 
 class DeepMemory(nn.Module):
@@ -65,39 +69,19 @@ class DeepMemory(nn.Module):
 
         Returns (reads (B, T, H, d), state). The inner loop runs in float32 at least.
         """
-        self._check(key, value, query, rate, retain)
-        if state is not None and len(state.w1) != len(key):
-            raise UserError(f"state holds {len(state.w1)} streams but key has {len(key)} rows: pass their own state")
-        dtype = torch.promote_types(key.dtype, torch.float32)
-        initial = self._initial(dtype)
-        vectors = (t.transpose(1, 2)[:, None] for t in (key, value, query))
-        scalars = (t.transpose(1, 2)[:, None, ..., None] for t in (rate, retain))
-        reads, end = run_stream(
+        check_tokens(self.config, state, (key, value, query), rate=rate, retain=retain)
+        return read_stream(
             self._step,
-            FastState.fresh(initial, len(key), ("memory",)) if state is None else state,
-            tuple(t.to(dtype) for t in (*vectors, *scalars)),
-            initial,
-            torch.tensor([self.config.chunk], device=key.device),
+            self._initial(torch.promote_types(key.dtype, torch.float32)),
+            (key, value, query),
+            (rate, retain),
+            state,
             chunk=self.config.chunk,
-            fresh=state is None,
             recompute=self.config.rule.fused,
         )
-        return reads.transpose(1, 2).to(query.dtype), end
 
     def _initial(self, dtype: torch.dtype) -> Weights:
         return Weights(self.initial.w1[None].to(dtype), self.initial.w2[None].to(dtype))
-
-    def _check(self, key: Tensor, value: Tensor, query: Tensor, rate: Tensor, retain: Tensor) -> None:
-        c, scalar = self.config, key.shape[:3]
-        for name, t in (("key", key), ("value", value), ("query", query)):
-            if t.shape != key.shape or t.dim() != 4 or t.shape[2:] != (c.heads, c.head_width):
-                raise UserError(
-                    f"{name} has the shape {tuple(t.shape)}, must be (B, T, {c.heads}, {c.head_width}), the same for "
-                    "key, value and query"
-                )
-        for name, t in (("rate", rate), ("retain", retain)):
-            if t.shape != scalar:
-                raise UserError(f"{name} has the shape {tuple(t.shape)}, must be (B, T, heads) = {tuple(scalar)}")
 
     def _step(
         self, live: Fast, start: Weights | None, inputs: Tensors, constants: Tensors, offset: int | None
@@ -112,3 +96,51 @@ class DeepMemory(nn.Module):
         )
         assert reads is not None
         return reads, end, live.weights if start is None else start
+
+
+def read_stream(
+    step: Step,
+    initial: Weights,
+    vectors: Tensors,
+    scalars: Tensors,
+    state: FastState | None,
+    *,
+    chunk: int,
+    recompute: bool,
+    constants: Tensors = (),
+) -> tuple[Tensor, FastState]:
+    """Fold ``step`` over the tokens of one memory per head: `run_stream` in the layout of layers.
+
+    initial  weights (1, H, ·, ·) before the stream, in the dtype of the inner loop; first of the step's constants
+    vectors  (B, T, H, d);  scalars (B, T, H);  the step sees them as (B, 1, H, C, ·)
+
+    Returns (reads (B, T, H, d) in the vectors' dtype, state).
+    """
+    tokens = [t.transpose(1, 2)[:, None] for t in vectors] + [t.transpose(1, 2)[:, None, ..., None] for t in scalars]
+    reads, end = run_stream(
+        step,
+        FastState.fresh(initial, len(vectors[0]), ("memory",)) if state is None else state,
+        tuple(t.to(initial.w1.dtype) for t in tokens),
+        (*initial, *constants),
+        torch.tensor([chunk], device=vectors[0].device),
+        chunk=chunk,
+        fresh=state is None,
+        recompute=recompute,
+    )
+    return reads.transpose(1, 2).to(vectors[0].dtype), end
+
+
+def check_tokens(config: Sizes, state: FastState | None, vectors: Tensors, **scalars: Tensor) -> None:
+    """UserError unless key, value and query are (B, T, H, d), the scalars (B, T, H), and the state is of B streams."""
+    key = vectors[0]
+    for name, t in zip(("key", "value", "query"), vectors, strict=True):
+        if t.shape != key.shape or t.dim() != 4 or t.shape[2:] != (config.heads, config.head_width):
+            raise UserError(
+                f"{name} has the shape {tuple(t.shape)}, must be (B, T, {config.heads}, {config.head_width}), the same "
+                "for key, value and query"
+            )
+    for name, t in scalars.items():
+        if t.shape != key.shape[:3]:
+            raise UserError(f"{name} has the shape {tuple(t.shape)}, must be (B, T, heads) = {tuple(key.shape[:3])}")
+    if state is not None and len(state.w1) != len(key):
+        raise UserError(f"state holds {len(state.w1)} streams but key has {len(key)} rows: pass their own state")

@@ -1,13 +1,15 @@
 """A matrix as a memory: M (out, in) maps keys to values and is written by any rule of `nestlearn.rules` (NL §5).
 
-    rule "hebbian"  linear attention, RetNet          NL Eq. 64
-         "delta"    DeltaNet, explicit step           NL Eq. 65
-         "oja"      Oja's rule, proximal step         NL Eq. 66–67
-         "omega"    a window of tokens, ATLAS         NL Eq. 68
-         "dgd"      gated delta rule, proximal step   NL Eq. 57, 88
+    rule "hebbian"      linear attention, RetNet          NL Eq. 64
+         "delta"        DeltaNet, explicit step           NL Eq. 65
+         "gated_delta"  Gated DeltaNet, explicit step     arXiv 2412.06464
+         "oja"          Oja's rule, proximal step         NL Eq. 66–67
+         "omega"        a window of tokens, ATLAS         NL Eq. 68
+         "dgd"          gated delta rule, proximal step   NL Eq. 57, 88
 
-The first, second and last are instances of one recurrence, M ← M (α I − decay · k kᵀ) + m with m ← μ m + step · v kᵀ,
-and run chunk-parallel; the others run token by token. A stream may be cut anywhere.
+The first three and the last are instances of one recurrence, M ← M (α I − decay · k kᵀ) + m with m ← μ m + step · v kᵀ,
+and run chunk-parallel; the others run token by token. A stream may be cut anywhere. The rules differ in (decay, step):
+(0, η), (η, η), (α η, η), and (gain, gain) for the last.
 
 Reads come after the write by default, y_t = M_t q_t, as in the field: reading before the write with every query moved
 one token later gives all of them but the last, which reads the final state.
@@ -28,7 +30,7 @@ from nestlearn.errors import UserError, suggest
 from nestlearn.memory.state import State
 from nestlearn.ops.dgd_chunk import chunk_decays, chunk_end, chunk_read, chunk_write, dgd_gain
 
-CHUNKED = ("hebbian", "delta", "dgd")
+CHUNKED = ("hebbian", "delta", "gated_delta", "dgd")
 RULES = (*CHUNKED, "oja", "omega")
 _LEAST = 1e-13  # a sigmoid in float32 can be 0, whose logarithm would make 0/0 of the ratios between tokens
 
@@ -38,7 +40,7 @@ class LinearConfig:
     """Widths and rule of a matrix memory.
 
     key_width, value_width, heads   in, out, H, each at least 1
-    rule               one of "hebbian", "delta", "oja", "omega", "dgd"
+    rule               one of "hebbian", "delta", "gated_delta", "oja", "omega", "dgd"
     chunk              tokens solved at once by the chunk-parallel rules; changes the speed, not the result
     momentum           μ in [0, 1), for "dgd" only
     window             c, tokens seen by each write of "omega", at least 1; 1 for every other rule
@@ -140,14 +142,14 @@ class LinearMemory(nn.Module):
         mu, rule, chunk = self.config.momentum, self.config.rule, self.config.chunk
         key, value, rate, retain, query = (t.transpose(1, 2) for t in inputs)
         gain = dgd_gain(key, rate) if rule == "dgd" else rate
-        pieces = (
-            t.split(chunk, dim=2) for t in (key, gain[..., None] * value, gain, retain.clamp_min(_LEAST).log(), query)
-        )
+        decay = gain * retain if rule == "gated_delta" else gain
+        given = (key, gain[..., None] * value, decay, retain.clamp_min(_LEAST).log(), query)
+        pieces = (t.split(chunk, dim=2) for t in given)
         weight, momentum, reads = state.weight, state.momentum, []
-        for x, update, g, log_retain, q in zip(*pieces, strict=True):
+        for x, update, d, log_retain, q in zip(*pieces, strict=True):
             decays = chunk_decays(log_retain, mu)
             moved, asked = (x @ momentum.mT, q @ momentum.mT) if mu else (None, None)
-            write = chunk_write(x, update, g, x @ weight.mT, moved, decays, erase=rule != "hebbian")
+            write = chunk_write(x, update, d, x @ weight.mT, moved, decays, erase=rule != "hebbian")
             reads.append(chunk_read(write, q, q @ weight.mT, asked, decays))
             weight, momentum = chunk_end(write, weight, momentum, decays)
         return torch.cat(reads, dim=2).transpose(1, 2), replace(state, weight=weight, momentum=momentum)

@@ -50,7 +50,7 @@ class CausalAttention(nn.Module):
         seen = torch.zeros(batch, dtype=torch.long, device=x.device) if state is None else state.seen
         query, key, value = self.project(x).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         positions = seen[:, None] + torch.arange(length, device=x.device)
-        query, key = (_rotate(t, positions, self.rope_theta) for t in (query, key))
+        query, key = (rotate(t, positions, self.rope_theta) for t in (query, key))
         if state is None:
             y = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         else:
@@ -69,8 +69,8 @@ def _visible(seen: Tensor, new: int, total: int) -> Tensor:
     return real[:, None, None, :] & past[None, None]
 
 
-def _rotate(x: Tensor, positions: Tensor, theta: float) -> Tensor:
-    """Rotary embedding, halves convention: x (B, H, T, d), positions (B, T)."""
+def rotate(x: Tensor, positions: Tensor, theta: float) -> Tensor:
+    """Rotary embedding, halves convention: x (B, H, T, d), d even; positions (B, T)."""
     half = x.shape[-1] // 2
     frequency = theta ** (-torch.arange(half, dtype=torch.float32, device=x.device) / half)
     angle = positions[:, None, :, None].float() * frequency  # in float32: a bfloat16 angle is off by whole turns

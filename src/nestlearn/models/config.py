@@ -14,7 +14,7 @@ from nestlearn.errors import UserError, suggest
 from nestlearn.levels import parse_levels
 from nestlearn.memory.self_modifying import SelfModifyingConfig
 from nestlearn.models.continuum import CONNECTIONS, split_hidden
-from nestlearn.models.hope import MIXERS, Shape
+from nestlearn.models.hope import MIXERS, ROTARY, Shape
 
 # What HOPE's memories start from where the paper is silent; LOG.md has the comparisons behind these values.
 # A write takes from the trained initial weights what they hold along its key. Retention towards them (``retain_to``)
@@ -34,7 +34,10 @@ HOPE_MEMORY: dict[str, Any] = {
     "w2_scale": 3.0,
 }
 _DERIVED = ("heads", "head_width")  # settings of a memory that follow from the model's shape
-_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "conv_width")
+_SIZES = (
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "conv_width",
+    "window", "persistent_tokens",
+)  # fmt: skip
 
 
 class HopeConfig(PreTrainedConfig):
@@ -43,7 +46,10 @@ class HopeConfig(PreTrainedConfig):
     intermediate_size  summed hidden width of the CMS levels
     levels             Level objects, dicts, (name, period) pairs or periods in tokens, fastest first
     connection         "sequential", "nested" or "independent"
-    mixer              "self_modifying" (HOPE), "attention" (Hope-Attention) or "gated_delta"
+    mixer              "self_modifying" (HOPE), "attention" (Hope-Attention; with levels=[1] the Transformer), or one of
+                       the others in MIXERS: see docs/baselines.md
+    window, persistent_tokens   of the sliding-window attention in "titans_mac", "titans_mag" and "titans_mal": tokens
+                       seen, the current one included; trained tokens that every token sees
     initializer_range  standard deviation of the outer weights at the start; a narrow model learns faster from
                        hidden_size^(−1/2), as the preset tiny-cpu has it (LOG.md)
     memory             settings of SelfModifyingConfig that differ from the defaults; hidden_width defaults to the head
@@ -63,6 +69,8 @@ class HopeConfig(PreTrainedConfig):
     mixer: str = "self_modifying"
     memory: Any = None
     conv_width: int = 4
+    window: int = 64
+    persistent_tokens: int = 4
     rope_theta: float = 10_000.0
     rms_norm_eps: float = 1e-6
     initializer_range: float = 0.02
@@ -105,7 +113,7 @@ class HopeConfig(PreTrainedConfig):
             if value not in list(known):
                 raise UserError(f"{name} is {value!r}, must be one of {list(known)}{suggest(str(value), known)}")
         width = self.hidden_size // self.num_attention_heads
-        if self.mixer == "attention" and width % 2:
+        if self.mixer in ROTARY and width % 2:
             raise UserError(f"hidden_size / num_attention_heads is {width}, must be even for the rotary positions")
         levels = parse_levels(self.levels)
         split_hidden(self.intermediate_size, levels, self.connection)
@@ -121,6 +129,8 @@ class HopeConfig(PreTrainedConfig):
             self.conv_width,
             self.rope_theta,
             self.rms_norm_eps,
+            self.window,
+            self.persistent_tokens,
         )
 
     def memory_config(self) -> SelfModifyingConfig:

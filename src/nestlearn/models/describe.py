@@ -7,8 +7,18 @@ from typing import NamedTuple
 
 from torch import nn
 
+from nestlearn.memory import LinearMemory, TitansMemory
 from nestlearn.models.hope import HopeBackbone
 from nestlearn.models.memory_layer import SelfModifyingLayer
+
+_BASELINES = {  # component, inner objective and rule of the mixers with one memory and nothing that generates for it
+    "gated_delta": ("matrix memory", "½‖S k − v‖²", "gated delta rule"),
+    "retnet": ("matrix memory", "−⟨S k, v⟩", "Hebbian rule, fixed retention"),
+    "deltanet": ("matrix memory", "½‖S k − v‖²", "delta rule"),
+    "gated_deltanet": ("matrix memory", "½‖S k − v‖²", "gated delta rule"),
+    "titans": ("memory", "½‖M(k) − v‖²", "gradient descent, gated momentum"),
+    "ttt_mlp": ("memory", "½‖M(k) − v‖²", "gradient descent"),
+}
 
 
 class LevelRow(NamedTuple):
@@ -42,9 +52,18 @@ def _mixer_rows(backbone: HopeBackbone) -> list[LevelRow]:
     if backbone.shape.mixer == "self_modifying":
         return _memory_rows(backbone)
     if backbone.shape.mixer == "attention":
-        regression = "Nadaraya–Watson regression"
-        return [LevelRow("attention (non-parametric)", 1, regression, "all tokens so far", 0, "softmax")]
-    return [LevelRow("matrix memory", 1, "½‖S k − v‖²", "tokens of the stream", 0, "gated delta rule")]
+        return [_attention_row("all tokens so far")]
+    kind, _, hybrid = backbone.shape.mixer.partition("titans_")
+    component, objective, rule = _BASELINES[kind or "titans"]
+    size = sum(count(module) for module in backbone.modules() if isinstance(module, LinearMemory | TitansMemory))
+    rows = [LevelRow(component, 1, objective, "tokens of the stream", size, rule)]
+    if hybrid:
+        rows.append(_attention_row(f"the last {backbone.shape.window} tokens"))
+    return rows
+
+
+def _attention_row(context: str) -> LevelRow:
+    return LevelRow("attention (non-parametric)", 1, "Nadaraya–Watson regression", context, 0, "softmax")
 
 
 def _memory_rows(backbone: HopeBackbone) -> list[LevelRow]:

@@ -18,6 +18,8 @@ from nestlearn.levels import Level
 from nestlearn.memory.deep import InitialWeights
 from nestlearn.memory.self_modifying import ReadOut, SelfModifyingMemory
 from nestlearn.memory.state import State
+from nestlearn.memory.titans import InnerNorm
+from nestlearn.models.baselines import DecayGate
 from nestlearn.models.config import HopeConfig
 from nestlearn.models.continuum import Continuum
 from nestlearn.models.describe import LevelRow, level_table
@@ -26,6 +28,7 @@ from nestlearn.models.memory_layer import CausalConv
 from nestlearn.models.mlp import RMSNorm
 from nestlearn.models.padding import real_spans, run_unpadded
 from nestlearn.models.trace import Trace, trace
+from nestlearn.models.window_attention import WindowAttention
 
 _ALIGNED = 64  # bytes, of memory that torch allocates
 
@@ -112,9 +115,11 @@ class HopePreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
-        elif isinstance(module, InitialWeights):
+        elif isinstance(module, InitialWeights | InnerNorm):
             module.reset_parameters()
-        elif isinstance(module, CausalConv | ReadOut):
+        elif isinstance(module, WindowAttention):
+            module.reset_persistent()
+        elif isinstance(module, CausalConv | DecayGate | ReadOut):
             _reset_what_is_not_loaded(module)
         elif isinstance(module, nn.ParameterDict):
             # Hugging Face visits the modules that hold a parameter themselves, not their owners.
@@ -127,7 +132,7 @@ class HopePreTrainedModel(PreTrainedModel):
             nn.init.ones_(module.weights)
 
 
-def _reset_what_is_not_loaded(module: CausalConv | ReadOut) -> None:
+def _reset_what_is_not_loaded(module: CausalConv | DecayGate | ReadOut) -> None:
     """Hugging Face protects loaded weights from the functions of nn.init only; these modules also copy and add."""
     loaded = [(p, p.clone()) for p in module.parameters() if getattr(p, "_is_hf_initialized", False)]
     module.reset_parameters()

@@ -17,10 +17,14 @@ from torch import Tensor, nn
 from nestlearn.levels import Level
 from nestlearn.memory.self_modifying import SelfModifyingConfig
 from nestlearn.memory.state import State
+from nestlearn.memory.titans import TitansConfig
 from nestlearn.models.attention import CausalAttention
+from nestlearn.models.baselines import DeltaNetLayer, GatedDeltaNetLayer, RetNetLayer, TitansLayer, TTTLayer
 from nestlearn.models.continuum import Continuum
 from nestlearn.models.memory_layer import GatedDeltaLayer, SelfModifyingLayer
 from nestlearn.models.mlp import RMSNorm
+from nestlearn.models.titans_hybrids import MemoryAsContext, MemoryAsGate, MemoryAsLayer
+from nestlearn.models.window_attention import WindowAttention
 
 
 class Shape(NamedTuple):
@@ -37,15 +41,50 @@ class Shape(NamedTuple):
     conv_width: int
     rope_theta: float
     eps: float
+    window: int
+    persistent: int
+
+
+def delta_rule(kind: Callable[..., nn.Module]) -> Callable[[Shape], nn.Module]:
+    """A layer whose memory is a matrix, in HOPE's frame."""
+    return lambda s: kind(s.hidden_size, s.heads, chunk=s.memory.chunk, conv_width=s.conv_width, eps=s.eps)
+
+
+def deep_memory(s: Shape, *, inner_norm: bool = False) -> TitansConfig:
+    """The baselines' MLP memory, of the sizes of HOPE's own."""
+    m = s.memory
+    return TitansConfig(
+        m.head_width, m.hidden_width, m.heads, m.memory_length, inner_norm=inner_norm, recompute=m.recompute
+    )
+
+
+def titans_hybrid(kind: Callable[..., nn.Module]) -> Callable[[Shape], nn.Module]:
+    """Titans' memory with sliding-window attention."""
+
+    def build(s: Shape) -> nn.Module:
+        attention = WindowAttention(
+            s.hidden_size, s.heads, window=s.window, persistent=s.persistent, rope_theta=s.rope_theta
+        )
+        return kind(attention, MIXERS["titans"](s), s.hidden_size, s.eps)
+
+    return build
 
 
 MIXERS: dict[str, Callable[[Shape], nn.Module]] = {
     "self_modifying": lambda s: SelfModifyingLayer(s.hidden_size, s.memory, conv_width=s.conv_width, eps=s.eps),
     "attention": lambda s: CausalAttention(s.hidden_size, s.heads, rope_theta=s.rope_theta),
-    "gated_delta": lambda s: GatedDeltaLayer(
-        s.hidden_size, s.heads, chunk=s.memory.chunk, conv_width=s.conv_width, eps=s.eps
-    ),
+    "gated_delta": delta_rule(GatedDeltaLayer),
+    "retnet": lambda s: RetNetLayer(s.hidden_size, s.heads, chunk=s.memory.chunk, rope_theta=s.rope_theta, eps=s.eps),
+    "deltanet": delta_rule(DeltaNetLayer),
+    "gated_deltanet": delta_rule(GatedDeltaNetLayer),
+    "titans": lambda s: TitansLayer(s.hidden_size, deep_memory(s), conv_width=s.conv_width, eps=s.eps),
+    "ttt_mlp": lambda s: TTTLayer(s.hidden_size, deep_memory(s, inner_norm=True), conv_width=s.conv_width, eps=s.eps),
+    "titans_mac": titans_hybrid(MemoryAsContext),
+    "titans_mag": titans_hybrid(MemoryAsGate),
+    "titans_mal": titans_hybrid(MemoryAsLayer),
 }
+# Mixers with rotary positions, which need an even head width.
+ROTARY = ("attention", "retnet", "titans_mac", "titans_mag", "titans_mal")
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,16 @@
     out = W_out (norm(y − q) ∘ silu(g))
 
 `MemoryFrame` is this frame; what stands inside is a self-modifying memory or, for comparison, a gated delta rule
-(whose y has no q in it). Two choices are ours, with numbers in LOG.md. A deep memory returns M(q) = q + w1 σ(w2 q);
-what it knows is the second term, and the norm would weigh it against the query, so the query is taken off first. And
-the query is convolved like keys and values: else a layer whose memory never writes sees no token but the current one.
+(whose y has no q in it) or one of `baselines.py`. Two choices are ours, with numbers in LOG.md. A deep memory returns
+M(q) = q + w1 σ(w2 q); what it knows is the second term, and the norm would weigh it against the query, so the query is
+taken off first. And the query is convolved like keys and values: else a layer whose memory never writes sees no token
+but the current one.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,9 +31,9 @@ from nestlearn.ops.pointwise import l2norm
 
 @dataclass(frozen=True)
 class LayerState(State):
-    """tail (B, width − 1, channels), the convolution's last inputs; memory, the inner state."""
+    """tail (B, width − 1, channels), the convolution's last inputs, None without one; memory, the inner state."""
 
-    tail: Tensor
+    tail: Tensor | None
     memory: State
 
 
@@ -60,35 +62,36 @@ class CausalConv(nn.Module):
 
 
 class MemoryFrame(nn.Module):
-    """Everything of a memory layer but the memory: subclasses provide `_memorise`."""
+    """Everything of a memory layer but the memory: subclasses provide `_memorise`. conv_width 0: no convolution."""
 
     def __init__(self, width: int, heads: int, *, conv_width: int = 4, eps: float = 1e-6) -> None:
         super().__init__()
         self.heads, self.head_width = heads, width // heads
         self.project = nn.Linear(width, 4 * width, bias=False)
-        self.conv = CausalConv(3 * width, conv_width)
+        self.conv = CausalConv(3 * width, conv_width) if conv_width else None
         self.norm = RMSNorm(self.head_width, eps)
         self.out = nn.Linear(width, width, bias=False)
 
     def forward(self, x: Tensor, state: LayerState | None = None) -> tuple[Tensor, LayerState]:
         """x (B, T, width); state None starts new streams. Returns (output, state)."""
         key_value, query, gate, tail = self._inputs(x, state)
-        key_input, value_input = (self._split(t) for t in key_value.chunk(2, dim=-1))
-        y, memory = self._memorise(key_input, value_input, query, None if state is None else state.memory)
+        key, value = (self._split(t) for t in key_value.chunk(2, dim=-1))
+        y, memory = self._memorise(x, key, value, query, None if state is None else state.memory)
         return self.out(self.norm(y).flatten(-2) * F.silu(gate)), LayerState(tail, memory)
 
-    def _inputs(self, x: Tensor, state: LayerState | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        width = x.shape[-1]
+    def _inputs(self, x: Tensor, state: LayerState | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        width, tail = x.shape[-1], None if state is None else state.tail
         inputs, gate = self.project(x).split([3 * width, width], dim=-1)
-        tail = self.conv.init_tail(len(x), x.dtype, x.device) if state is None else state.tail
-        inputs, tail = self.conv(inputs, tail)
+        if self.conv is not None:
+            inputs, tail = self.conv(inputs, self.conv.init_tail(len(x), x.dtype, x.device) if tail is None else tail)
         key_value, query = inputs.split([2 * width, width], dim=-1)
-        return key_value, l2norm(self._split(query)), gate, tail
+        return key_value, self._split(query), gate, tail
 
     def _split(self, t: Tensor) -> Tensor:
         return t.unflatten(-1, (self.heads, self.head_width))
 
-    def _memorise(self, key: Tensor, value: Tensor, query: Tensor, state: State | None) -> tuple[Tensor, State]:
+    def _memorise(self, x: Tensor, key: Tensor, value: Tensor, query: Tensor, state: Any) -> tuple[Tensor, State]:
+        """x (B, T, width); key, value, query (B, T, H, d), convolved; state of the memory. Returns (y, state)."""
         raise NotImplementedError
 
 
@@ -99,7 +102,8 @@ class SelfModifyingLayer(MemoryFrame):
         super().__init__(width, memory.heads, conv_width=conv_width, eps=eps)
         self.memory = SelfModifyingMemory(memory)
 
-    def _memorise(self, key: Tensor, value: Tensor, query: Tensor, state: State | None) -> tuple[Tensor, State]:
+    def _memorise(self, x: Tensor, key: Tensor, value: Tensor, query: Tensor, state: Any) -> tuple[Tensor, State]:
+        query = l2norm(query)
         read, end = self.memory(key, query, state, value)
         return read - query, end
 
@@ -108,7 +112,7 @@ class SelfModifyingLayer(MemoryFrame):
         """What the memory does while reading x (B, T, width) from a new stream: see `SelfModifyingMemory.observe`."""
         key_value, query, _, _ = self._inputs(x, None)
         key, value = (self._split(t) for t in key_value.chunk(2, dim=-1))
-        return self.memory.observe(key, query, None, value)
+        return self.memory.observe(key, l2norm(query), None, value)
 
 
 class GatedDeltaLayer(MemoryFrame):
@@ -120,8 +124,8 @@ class GatedDeltaLayer(MemoryFrame):
         self.rate_read = ReadOut(heads, self.head_width, 0.5)
         self.retain_read = ReadOut(heads, self.head_width, 0.9999)
 
-    def _memorise(self, key: Tensor, value: Tensor, query: Tensor, state: State | None) -> tuple[Tensor, State]:
+    def _memorise(self, x: Tensor, key: Tensor, value: Tensor, query: Tensor, state: Any) -> tuple[Tensor, State]:
         rate, retain = (
             torch.sigmoid((key * read.weight).sum(-1) + read.bias) for read in (self.rate_read, self.retain_read)
         )
-        return self.memory(l2norm(F.silu(key)), F.silu(value), rate, retain, query, state)
+        return self.memory(l2norm(F.silu(key)), F.silu(value), rate, retain, l2norm(query), state)

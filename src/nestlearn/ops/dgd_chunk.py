@@ -122,8 +122,8 @@ class Decays(NamedTuple):
     leak_end    (…, 1, 1)  w0_C
     moment      (…, C, C)  W'      share of a write's update u
     moment_end  (…, C, 1)  W[C,:]
-    power_end   (C, 1)     μ^(C−r)
-    mu_end                 μ^C
+    power_end   (…, C, 1)  μ^(C−r)
+    mu_end                 μ^C, a number or (…, 1, 1)
     """
 
     kept: Tensor
@@ -135,7 +135,7 @@ class Decays(NamedTuple):
     moment: Tensor
     moment_end: Tensor
     power_end: Tensor
-    mu_end: float
+    mu_end: float | Tensor
 
 
 def chunk_decays(log_retain: Tensor, mu: float) -> Decays:

@@ -4,7 +4,7 @@
 
 An explicit step: it contracts for η ‖k‖² < 2 and stores the pair exactly at η ‖k‖² = 1 (α = 1); with unit keys, keep
 η in (0, 1]. `dgd` is the same rule with a step that is stable for every rate.
-The gated delta rule of the literature multiplies α into both terms, M α (I − η k kᵀ); here α is on the old state alone,
+The gated delta rule of the literature, `gated_delta`, multiplies α into both terms; here α is on the old state alone,
 as NL Eq. 88 has it. The two agree at α = 1.
 """
 
