@@ -183,9 +183,8 @@ def run_chunk(
     pulled = torch.bmm(error, weights.w1)
     rate = frame.scales * (spec.rate_max * made.opened).repeat(spec.written, 1)[..., None]
     errors = Errors(key, target, wanted, inverse, z, gate, slope, error, pulled, rate)
-    gain1, gain2 = (rate / (1 + rate * t.square().sum(-1, keepdim=True)) for t in (hidden, key))
-    layer1 = solve(hidden, torch.bmm(hidden, hidden.mT), error, gain1, carried1, shares)
-    layer2 = solve(key, torch.bmm(made.k, made.k.mT), pulled * slope, gain2, carried2, shares)
+    layer1 = solve(hidden, torch.bmm(hidden, hidden.mT), error, rate, carried1, shares)
+    layer2 = solve(key, torch.bmm(made.k, made.k.mT), pulled * slope, rate, carried2, shares)
     end(layer1, s1, frame.anchor1, shares, into1)
     end(layer2, s2, frame.anchor2, shares, into2)
     last = shares.last(n)
@@ -272,10 +271,10 @@ def chunk_back(
 
     part, moved1, held1 = carry_back(d_share1, layer1.x, s1, frame.anchor1, shares, extra)
     d_hidden += part
-    d_rate = _gain_back(d_gain1[..., None], layer1, errors.rate, d_hidden)
+    d_rate = _gain_back(d_gain1[..., None], layer1, d_hidden)
     dz = _slope_back(d_hidden, d_error2 * errors.pulled, errors)
     d_key, moved2, held2 = carry_back(d_share2, layer2.x, s2, frame.anchor2, shares, dz)
-    d_rate += _gain_back(d_gain2[..., None], layer2, errors.rate, d_key)
+    d_rate += _gain_back(d_gain2[..., None], layer2, d_key)
     if extra is not None:
         d_key += extra
     dk += d_key.unflatten(0, (-1, n)).sum(0)
@@ -317,11 +316,10 @@ def _mix_back(d_error: Tensor, done: Chunk, frame: Frame, totals: Totals) -> Ten
     return frame.mix * d_error
 
 
-def _gain_back(d_gain: Tensor, solved: Solved, rate: Tensor, dx: Tensor) -> Tensor:
+def _gain_back(d_gain: Tensor, solved: Solved, dx: Tensor) -> Tensor:
     """d rate of gain = ρ / (1 + ρ ‖x‖²), and ``dx`` grows by its part."""
     dx.addcmul_(d_gain * solved.gain.square(), solved.x, value=-2)
-    shrink = 1 / (1 + rate * solved.x.square().sum(-1, keepdim=True))
-    return d_gain * shrink.square()
+    return d_gain * solved.shrink.square()
 
 
 def _slope_back(d_hidden: Tensor, d_slope: Tensor, errors: Errors) -> Tensor:

@@ -52,6 +52,8 @@ class Shares(NamedTuple):
     mu_end: float
     plain: Decays
 
+    # the columns that scale sides are negative: retain_end is −R[C,:], moment_end −W[C,:], power_end −μ^(C−r)
+
     @classmethod
     def of(cls, log_retain: Tensor, mu: float, maps: int) -> Shares:
         """From log α (N, C), for F = maps · N."""
@@ -60,8 +62,8 @@ class Shares(NamedTuple):
         assert isinstance(plain.mu_end, float)
         return cls(
             plain.kept.repeat(maps, 1, 1), plain.kept_end.repeat(maps, 1, 1),
-            plain.retain[None], plain.retain_end.repeat(maps, 1, 1), *wide,
-            plain.moment[None], plain.moment_end.repeat(maps, 1, 1), plain.power_end, plain.mu_end, plain,
+            plain.retain[None], -plain.retain_end.repeat(maps, 1, 1), *wide,
+            plain.moment[None], -plain.moment_end.repeat(maps, 1, 1), -plain.power_end, plain.mu_end, plain,
         )  # fmt: skip
 
     def last(self, count: int) -> Shares:
@@ -82,11 +84,12 @@ class Carried(NamedTuple):
 
 
 class Solved(NamedTuple):
-    """A layer's writes, solved; letters as above. ``sides`` is [left, moved]; at μ = 0 ``erased`` is T and moment None."""
+    """A layer's writes, solved; letters as above. ``sides`` is −[left, moved]; at μ = 0 ``erased`` is T and moment None."""
 
     x: Tensor
     g: Tensor
     gain: Tensor
+    shrink: Tensor
     updates: Tensor
     gram: Tensor
     moment: Tensor | None
@@ -147,11 +150,11 @@ def carry_back(
     d_share: Tensor, x: Tensor, state: Tensor, anchor: Tensor | None, shares: Shares, extra: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """dX, d[S; m], dA of `carry`; ``extra`` is a gradient of X S₀ᵀ itself."""
-    first = shares.kept * d_share
+    d_moved = shares.kept * d_share if shares.leak is None else _pair(d_share, shares.kept, shares.leak)
+    first = d_moved[..., : d_share.shape[-1]]
     held = None if anchor is None else d_share - first
     if extra is not None:
         first += extra
-    d_moved = first if shares.leak is None else torch.cat([first, shares.leak * d_share], dim=-1)
     dx, d_state = torch.bmm(d_moved, state), torch.bmm(d_moved.mT, x)
     if held is None or anchor is None:
         return dx, d_state, None
@@ -167,23 +170,35 @@ def log_rows(d_share: Tensor, whole: Tensor, carried: Carried, grads: LogGrads) 
         grads.leak[:, :-1] += over_maps((d_share * carried.moved[..., out:]).sum(-1), count)
 
 
-def solve(x: Tensor, gram: Tensor, g: Tensor, gain: Tensor, carried: Carried, shares: Shares) -> Solved:
-    """The writes of a chunk. x (F, C, in); its gram (F or N, C, C), N where all maps share x; gain (F, C, 1)."""
+def solve(x: Tensor, gram: Tensor, g: Tensor, rate: Tensor, carried: Carried, shares: Shares) -> Solved:
+    """The writes of a chunk. x (F, C, in); its gram (F or N, C, C), N where all maps share x; rate ρ (F, C, 1)."""
     share, heads = carried.share, len(shares.plain.kept)
+    norm = gram.diagonal(dim1=-2, dim2=-1)[..., None]
+    shrink = 1 / (1 + rate * norm.repeat(len(x) // len(norm), 1, 1))
+    gain = rate * shrink
     updates = gain * g
     decayed = _spread(gram, shares.retain, heads, len(x))
     matrix = resolvent(decayed, gain)
     if shares.leak is None:
-        reads = torch.baddbmm(share, matrix, torch.addcmul(updates, gain, share), alpha=-1)
+        reads = share.baddbmm_(matrix, torch.addcmul(updates, gain, share), alpha=-1)
         erased, moment = torch.addcmul(updates, gain, reads), None
-        return Solved(x, g, gain, updates, gram, None, matrix, reads, erased, shares.retain_end * erased, carried)
+        return Solved(x, g, gain, shrink, updates, gram, None, matrix, reads, erased, shares.retain_end * erased, carried)
     moment = _spread(gram, shares.moment, heads, len(x))
-    right = torch.baddbmm(share, moment, updates, alpha=-1)
-    reads = torch.baddbmm(right, matrix, gain * right, alpha=-1)
+    right = share.baddbmm_(moment, updates, alpha=-1)
+    reads = right.baddbmm_(matrix, gain * right, alpha=-1)
     erased = gain * reads
-    left = torch.addcmul(shares.moment_end * updates, shares.retain_end, erased)
-    sides = torch.cat([left, shares.power_end * updates], dim=-1)
-    return Solved(x, g, gain, updates, gram, moment, matrix, reads, erased, sides, carried)
+    sides = _pair(updates, shares.moment_end, shares.power_end)
+    sides[..., : g.shape[-1]].addcmul_(shares.retain_end, erased)
+    return Solved(x, g, gain, shrink, updates, gram, moment, matrix, reads, erased, sides, carried)
+
+
+def _pair(t: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """[first ∘ t, second ∘ t] side by side."""
+    width = t.shape[-1]
+    pair = t.new_empty(*t.shape[:-1], 2 * width)
+    torch.mul(t, first, out=pair[..., :width])
+    torch.mul(t, second, out=pair[..., width:])
+    return pair
 
 
 def _spread(gram: Tensor, share: Tensor, heads: int, maps: int) -> Tensor:
@@ -197,12 +212,12 @@ def end(solved: Solved, state: Tensor, anchor: Tensor | None, shares: Shares, in
     out = solved.g.shape[-1]
     torch.bmm(solved.sides.mT, solved.x, out=into)
     first, last = into[:, :out], into[:, out:]
-    torch.addcmul(-first, shares.kept_end, state[:, :out], out=first)
+    first.addcmul_(shares.kept_end, state[:, :out])
     if anchor is not None:
         first.addcmul_(1 - shares.kept_end, anchor)
     if shares.leak_end is not None:
         first.addcmul_(shares.leak_end, state[:, out:])
-        torch.sub(shares.mu_end * state[:, out:], last, out=last)
+        last.add_(state[:, out:], alpha=shares.mu_end)
     return into
 
 
@@ -221,16 +236,16 @@ def solve_back(
     d_erased, d_updates  what a read of the last map adds to its dE (or dT) and dĜ
     """
     s, out, count = solved, solved.g.shape[-1], len(grads.rows)
-    d_sides = torch.bmm(s.x, d_end.mT).neg_()
+    d_sides = torch.bmm(s.x, d_end.mT)
     d_left = d_sides[..., :out]
     de = _plus(shares.retain_end * d_left, d_erased)
-    w = torch.baddbmm(de, s.matrix.mT, s.gain * de, alpha=-1)
+    w = de.baddbmm_(s.matrix.mT, s.gain * de, alpha=-1)
     d_right = s.gain * w
     dg, products = w, _outer(d_right, s.erased, s.gram)
     if s.moment is not None and grads.moment is not None:
         dg = torch.addcmul(shares.moment_end * d_left, shares.power_end, d_sides[..., out:])
         dg = _plus(dg, d_updates).baddbmm_(s.moment.mT, d_right, alpha=-1)
-        grads.moment[:, -1] += over_maps((d_left * s.updates).sum(-1), count)
+        grads.moment[:, -1] -= over_maps((d_left * s.updates).sum(-1), count)
         others = _outer(d_right, s.updates, s.gram)
         _subtract_products(grads.moment[:, :-1], others, s.gram)
         products = (products.unflatten(0, (-1, count)) * shares.retain).addcmul_(
@@ -244,7 +259,9 @@ def solve_back(
         dg = dg.clone()
         dg[:, -1:] -= s.x[:, -1:] @ d_last.mT
     d_gain = (w * s.reads).sum(-1) + (dg * s.g).sum(-1)
-    dx = _minus_sides(_symmetric(products.flatten(0, 1), s.x), s.sides, d_end)
+    dx = _through_sides(s.sides, d_end, len(s.gram))
+    products = products.flatten(0, 1)
+    dx.baddbmm_(products + products.mT, s.x[: len(products)], alpha=-1)
     if d_last is not None:
         dx[:, -1:] -= (s.updates[:, -1:] @ d_last).unflatten(0, (-1, len(dx))).sum(0)
     return dx, s.gain * dg, d_gain, d_right
@@ -279,15 +296,11 @@ def _subtract_products(total: Tensor, a: Tensor, b: Tensor) -> None:
         total.addcmul_(a[begin : begin + len(total)], b[begin : begin + len(total)], value=-1)
 
 
-def _symmetric(products: Tensor, x: Tensor) -> Tensor:
-    """−(M + Mᵀ) X."""
-    return torch.bmm(products + products.mT, x[: len(products)]).neg_()
-
-
-def _minus_sides(dx: Tensor, sides: Tensor, d_end: Tensor) -> Tensor:
-    """dX − [left, moved] d[S_C; m_C], summed over the maps that share X."""
-    for begin in range(0, len(sides), len(dx)):
-        dx.baddbmm_(sides[begin : begin + len(dx)], d_end[begin : begin + len(dx)], alpha=-1)
+def _through_sides(sides: Tensor, d_end: Tensor, count: int) -> Tensor:
+    """−[left, moved] d[S_C; m_C], summed over the maps that share X."""
+    dx = torch.bmm(sides[:count], d_end[:count])
+    for begin in range(count, len(sides), count):
+        dx.baddbmm_(sides[begin : begin + count], d_end[begin : begin + count])
     return dx
 
 
