@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache, partial
 from importlib.util import find_spec
 from typing import NamedTuple
@@ -81,6 +82,17 @@ def forced() -> str | None:
     return named
 
 
+@contextmanager
+def forcing(name: str) -> Iterator[None]:
+    """As if NESTLEARN_KERNELS named ``name``."""
+    before = os.environ.get(VARIABLE)
+    os.environ[VARIABLE] = name
+    try:
+        yield
+    finally:
+        os.environ.pop(VARIABLE) if before is None else os.environ.update({VARIABLE: before})
+
+
 def preferred(device: torch.device) -> tuple[str, ...]:
     """In the order they are tried."""
     return ("triton", "torch", "reference") if device.type == "cuda" else ("torch", "reference")
@@ -118,10 +130,10 @@ def triton_missing(device: torch.device) -> str | None:
     return f"the Triton kernels need a GPU, not {device.type} (TRITON_INTERPRET=1 runs them on CPU, to test them)"
 
 
-def loop_for(task: Task) -> Loop | None:
-    """The function that runs ``task``, None for the reference. What was passed over is said once."""
+def loop_for(task: Task, *, quiet: bool = False) -> Loop | None:
+    """The function that runs ``task``, None for the reference. What was passed over is said once, unless ``quiet``."""
     choice = choose(task)
-    if choice.passed:
+    if choice.passed and not quiet:
         _say_once(f"{choice.passed[0]}; it runs as {choice.name!r}: slower, the same numbers")
     if choice.name == "triton":
         from nestlearn.ops.kernels.inner_loop import inner_loop as on_gpu

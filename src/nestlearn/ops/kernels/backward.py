@@ -40,6 +40,17 @@ def add_tile(base, tile, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexp
 
 
 @triton.jit
+def log_sums(d_logs, C: tl.constexpr):
+    """Gradients of log γ_{t−1} and log γ_r from those of their differences.
+
+    R'[t,t−1] is 1 whatever α is: left in, its gradients would cancel to rounding only, which is all there is at small α.
+    """
+    t = tl.arange(0, C)
+    d_logs = tl.where(t[:, None] == t[None, :] + 1, 0.0, d_logs)
+    return tl.sum(d_logs, axis=1), tl.sum(d_logs, axis=0)
+
+
+@triton.jit
 def carry_back(
     grad, x, state, anchor, momentum, kept, leak, ANCHORED: tl.constexpr, MOMENT: tl.constexpr,
     OPERANDS: tl.constexpr, PRECISION: tl.constexpr,
@@ -112,23 +123,23 @@ def solve_back(
     OPERANDS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dX, dG, d rate, dright (which is d share); d log R' as a matrix, dW'."""
-    gram = dot(x, tl.trans(x), OPERANDS, PRECISION)
-    right = dot(tl.trans(inverse), gain[:, None] * d_erased, OPERANDS, PRECISION)
-    through = d_erased - dot(tl.trans(gram * ratio), right, OPERANDS, PRECISION)
+    gram = dot(x, tl.trans(x), tl.float32, PRECISION)
+    right = dot(tl.trans(inverse), gain[:, None] * d_erased, tl.float32, PRECISION)
+    through = d_erased - dot(tl.trans(gram * ratio), right, tl.float32, PRECISION)
     if MOMENT:
-        d_updates -= dot(tl.trans(gram * moment), right, OPERANDS, PRECISION)
-        d_ratio = -dot(right, tl.trans(erased), OPERANDS, PRECISION)
-        d_moment = -dot(right, tl.trans(updates), OPERANDS, PRECISION)
+        d_updates -= dot(tl.trans(gram * moment), right, tl.float32, PRECISION)
+        d_ratio = -dot(right, tl.trans(erased), tl.float32, PRECISION)
+        d_moment = -dot(right, tl.trans(updates), tl.float32, PRECISION)
         d_gram = d_ratio * ratio + d_moment * moment
         d_moment *= gram
     else:
-        d_updates -= dot(tl.trans(gram * ratio), right, OPERANDS, PRECISION)
-        d_ratio = -dot(right, tl.trans(updates + erased), OPERANDS, PRECISION)
+        d_updates -= dot(tl.trans(gram * ratio), right, tl.float32, PRECISION)
+        d_ratio = -dot(right, tl.trans(updates + erased), tl.float32, PRECISION)
         d_gram = d_ratio * ratio
         d_moment = d_ratio
     d_gain = tl.sum(through * reads + d_updates * errors, axis=1)
     shrink = 1 / (1 + rate * tl.sum(x * x, axis=1))
-    dx = dot(d_gram + tl.trans(d_gram), x, OPERANDS, PRECISION) - (2 * gain * gain * d_gain)[:, None] * x
+    dx = dot(d_gram + tl.trans(d_gram), x, tl.float32, PRECISION) - (2 * gain * gain * d_gain)[:, None] * x
     return dx, gain[:, None] * d_updates, d_gain * shrink * shrink, right, d_ratio * gram * ratio, d_moment
 
 
@@ -149,19 +160,22 @@ def slow_back(
 @triton.jit
 def decays_back(
     d_before, d_after, d_kept, d_kept_end, d_retain_end, d_moment, d_moment_end, d_leak, d_leak_end,
-    ratio, kept, retain_end, kept_end, log_mu, MOMENT: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
+    ratio, kept, retain_end, kept_end, log_mu, size, MOMENT: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """d log α of a chunk: exponents are log γ_{t−1} (before), log γ_r (after) and their last (total)."""
+    t = tl.arange(0, C)
     if MOMENT:
-        lower, t = power(log_mu, C), tl.arange(0, C)
+        lower = power(log_mu, C)
         first = tl.exp((t + 1) * log_mu)
         d_ratio = dot(d_moment, tl.trans(lower), tl.float32, PRECISION) + d_leak[:, None] * first[None, :]
         d_retain_end += tl.sum(lower * d_moment_end[None, :], axis=1) + d_leak_end * first
-        d_before += tl.sum(d_ratio * ratio, axis=1)
-        d_after -= tl.sum(d_ratio * ratio, axis=0)
-    d_before += d_kept * kept
-    d_after -= d_retain_end * retain_end
-    total = tl.sum(d_retain_end * retain_end, axis=0) + d_kept_end * kept_end
+        by_row, by_column = log_sums(d_ratio * ratio, C)
+        d_before += by_row
+        d_after -= by_column
+    d_before = tl.where(t == 0, 0.0, d_before + d_kept * kept)  # log γ_0 is 0 whatever α is
+    d_ends = tl.where(t == size - 1, 0.0, d_retain_end * retain_end)  # R[end] of the last token is 1
+    d_after -= d_ends
+    total = tl.sum(d_ends, axis=0) + d_kept_end * kept_end
     d_after += d_before
     return tl.cumsum(d_after, axis=0, reverse=True) + total - d_before
 
@@ -286,8 +300,9 @@ def backward_kernel(
                     d_hidden += dx
                     du1 += du
                     dr1 += dr
-                    d_before += tl.sum(logs, axis=1)
-                    d_after -= tl.sum(logs, axis=0)
+                    by_row, by_column = log_sums(logs, C)
+                    d_before += by_row
+                    d_after -= by_column
                     more, ds, da, dn, dkept, dleak = carry_back(
                         dy, inner, s1, o1, n1, kept, leak, ANCHORED, MOMENT, OPERANDS, PRECISION
                     )
@@ -306,8 +321,9 @@ def backward_kernel(
                     dk += dx
                     du2 += du
                     dr2 += dr
-                    d_before += tl.sum(logs, axis=1)
-                    d_after -= tl.sum(logs, axis=0)
+                    by_row, by_column = log_sums(logs, C)
+                    d_before += by_row
+                    d_after -= by_column
                     more, ds, da, dn, dkept, dleak = carry_back(
                         d_out, asked, s2, o2, n2, kept, leak, ANCHORED, MOMENT, OPERANDS, PRECISION
                     )
@@ -326,8 +342,9 @@ def backward_kernel(
                     MOMENT, OPERANDS, PRECISION,
                 )  # fmt: skip
                 d_hidden += dx
-                d_before += tl.sum(logs, axis=1)
-                d_after -= tl.sum(logs, axis=0)
+                by_row, by_column = log_sums(logs, C)
+                d_before += by_row
+                d_after -= by_column
                 more, ds, da, dn, dkept, dleak = carry_back(
                     right, hidden, s1, o1, n1, kept, leak, ANCHORED, MOMENT, OPERANDS, PRECISION
                 )
@@ -345,8 +362,9 @@ def backward_kernel(
                     MOMENT, OPERANDS, PRECISION,
                 )  # fmt: skip
                 dk += dx
-                d_before += tl.sum(logs, axis=1)
-                d_after -= tl.sum(logs, axis=0)
+                by_row, by_column = log_sums(logs, C)
+                d_before += by_row
+                d_after -= by_column
                 more, ds, da, dn, dkept, dleak = carry_back(
                     right, key, s2, o2, n2, kept, leak, ANCHORED, MOMENT, OPERANDS, PRECISION
                 )
@@ -407,7 +425,7 @@ def backward_kernel(
             if RETENTION:
                 d_log = decays_back(
                     d_before, d_after, d_kept, d_kept_end, d_retain_end, d_moment, d_moment_end, d_leak, d_leak_end,
-                    ratio, kept, retain_end, kept_end, log_mu, MOMENT, C, PRECISION,
+                    ratio, kept, retain_end, kept_end, log_mu, size, MOMENT, C, PRECISION,
                 )  # fmt: skip
                 d_logit = tl.where(valid & above_floor(retain_logit), d_log * tl.sigmoid(-retain_logit), 0.0)
                 dx += slow_back(
