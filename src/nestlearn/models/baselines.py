@@ -6,8 +6,8 @@
     titans          M an MLP, by gradient descent with momentum and forgetting: `memory/titans.py`      arXiv 2501.00663
     ttt_mlp         the same without either, a layer norm in the memory                      arXiv 2407.04620
 
-All of them read after the write, the matrices y = M q / √d. The Transformer is no class of its own: it is Hope-Attention's
-mixer over one level of period 1. Samba's two layers are in `mamba2.py` and `window_attention.py`.
+All of them read after the write, the matrices y = M q / √d. The Transformer is no class of its own: it is
+Hope-Attention's mixer over one level of period 1. Samba's two layers are in `mamba2.py` and `window_attention.py`.
 
 Letters: B batch, T tokens, H heads, d head width, D = H d model width.
 """

@@ -1,7 +1,7 @@
 """Sliding-window attention with persistent tokens, streaming at constant size (Titans, arXiv 2501.00663, §3.3 and §4).
 
-A token sees the last ``window`` tokens, itself included, and P (perhaps 0) trained tokens that belong to no stream. With recalled
-tokens (Titans' "memory as a context") each of the stream's tokens brings a second one, seen whenever it is.
+A token sees the last ``window`` tokens, itself included, and P trained tokens (or none) that belong to no stream. With
+recalled tokens (Titans' "memory as a context") each of the stream's tokens brings a second one, seen whenever it is.
 
 Letters: B batch, T new tokens, H heads, d head width, P persistent tokens, n tokens that each position brings (1 or 2).
 """
