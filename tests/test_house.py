@@ -15,7 +15,16 @@ SOURCES = sorted((ROOT / "src" / "nestlearn").rglob("*.py"))
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 RULES = [path for path in SOURCES if path.parent.name == "rules" and path.name != "__init__.py"]
 
-PUBLIC = ["HopeConfig", "HopeForCausalLM", "Level", "__version__"]
+PUBLIC = [
+    "HopeConfig",
+    "HopeForCausalLM",
+    "Level",
+    "__version__",
+    "load_stacked",
+    "stack_levels",
+    "stacked_levels",
+    "unstack",
+]
 
 
 def relative(path):

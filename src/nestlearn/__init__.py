@@ -12,15 +12,29 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from nestlearn.levels import Level
     from nestlearn.models.hf import HopeConfig, HopeForCausalLM
+    from nestlearn.models.stacking import load_stacked, stack_levels, stacked_levels, unstack
 
 __version__ = "0.1.0"
 
-__all__ = ["HopeConfig", "HopeForCausalLM", "Level", "__version__"]
+__all__ = [
+    "HopeConfig",
+    "HopeForCausalLM",
+    "Level",
+    "__version__",
+    "load_stacked",
+    "stack_levels",
+    "stacked_levels",
+    "unstack",
+]
 
 _HOMES = {
     "HopeConfig": "nestlearn.models.hf",
     "HopeForCausalLM": "nestlearn.models.hf",
     "Level": "nestlearn.levels",
+    "load_stacked": "nestlearn.models.stacking",
+    "stack_levels": "nestlearn.models.stacking",
+    "stacked_levels": "nestlearn.models.stacking",
+    "unstack": "nestlearn.models.stacking",
 }
 
 
