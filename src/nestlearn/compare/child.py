@@ -6,6 +6,7 @@ a pipe that closes when the parent stops waiting or is killed: then it saves whe
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -44,10 +45,10 @@ def do_unit(module: str, folder: Path, unit: dict[str, Any], launch: Launch) -> 
 
 
 def launcher(lock: int) -> Launch:
-    """Runs ``python -m module folder``, handing on the lock."""
+    """Runs ``main(folder)`` of a module in a new process, handing on the lock."""
 
     def launch(module: str, folder: Path) -> int:
-        command = [sys.executable, "-m", module, str(folder)]
+        command = [sys.executable, "-m", __name__, module, str(folder)]
         # of its own session: Ctrl-C reaches the parent alone, who lets the child save
         child = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True, pass_fds=(lock,))
         try:
@@ -95,3 +96,8 @@ def _judge(code: int, folder: Path) -> None:
     if code != 0 or not (folder / RESULT).exists():
         why = f"signal {-code}, often for want of memory" if code < 0 else f"exit code {code}, its error is above"
         raise UserError(f"the process of {folder} ended with {why}: the same command again goes on from there")
+
+
+if __name__ == "__main__":
+    stop_with_parent()  # before the module is imported, which takes seconds
+    sys.exit(importlib.import_module(sys.argv[1]).main(Path(sys.argv[2])))

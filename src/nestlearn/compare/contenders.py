@@ -23,6 +23,7 @@ from nestlearn.train.config import TrainConfig
 
 TOLERANCE = 0.02  # of the parameters asked for
 LEVEL_STEPS = (1, 4, 16)  # of the optimizer, between two steps of each of HOPE's levels; one MLP elsewhere
+_DIVISIBLE = 2520  # by any number of levels up to ten
 HOPE = {"hope": "self_modifying", "hope_attention": "attention"}
 
 
@@ -109,13 +110,18 @@ def with_shape(labels: Iterable[str], base: TrainConfig, params: int, vocab_size
     labels = list(labels)
     for hidden in reversed(_widths(width)):
         shaped = _shaped(base, layers, hidden)
-        configs = [_with_width(configured(label, shaped), max(hidden // 4, 12)) for label in labels]
-        if all(count(config, vocab_size) <= params for config in configs):
+        if all(_fits(configured(label, shaped), params, vocab_size) for label in labels):
             return shaped
     raise UserError(
         f"--params {params:,} is too few for {', '.join(labels)} even at width {_widths(width)[0]}: ask for more, or "
         "--set model.hidden_size and model.num_hidden_layers"
     )
+
+
+def _fits(config: TrainConfig, params: int, vocab_size: int) -> bool:
+    least = _least_width(config, vocab_size)
+    width = least * math.ceil(config.model["hidden_size"] / 4 / least)
+    return count(_with_width(config, width), vocab_size) <= params
 
 
 def _shaped(base: TrainConfig, layers: int, hidden: Any) -> TrainConfig:
@@ -163,11 +169,11 @@ def _sized(label: str, config: TrainConfig, params: int, vocab_size: int) -> Con
 
 
 def _least_width(config: TrainConfig, vocab_size: int) -> int:
-    """One hidden unit in each level, for levels that must be equal; else 1 or the number of levels."""
+    """One hidden unit in each level; multiples of it serve levels that must be equal, too."""
     levels = config.model["levels"]
     if isinstance(levels, list) and any(isinstance(level, dict) and level.get("hidden_size") for level in levels):
         raise UserError("levels name a hidden_size, but the width is solved for --params: leave hidden_size out")
-    return len(hope_config(_with_width(config, 4096), vocab_size).levels)
+    return len(hope_config(_with_width(config, _DIVISIBLE), vocab_size).levels)
 
 
 def _with_width(config: TrainConfig, width: int) -> TrainConfig:

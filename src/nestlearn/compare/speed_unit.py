@@ -1,4 +1,4 @@
-"""What one model costs: ``python -m nestlearn.compare.speed_unit FOLDER``, in a process of its own for its memory.
+"""What one model costs, in a process of its own (`child`) for its memory.
 
 Training: forward, backward and optimizer on random tokens. Decoding: one stream, token by token, after a prompt.
 """
@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from nestlearn.compare.child import RESULT, UNIT, refuse, stop_with_parent
+from nestlearn.compare.child import RESULT, UNIT, refuse
 from nestlearn.compare.plan import write_json
 from nestlearn.data.batches import Batch
 from nestlearn.errors import UserError
@@ -117,8 +117,3 @@ def _peak() -> int:
         assert found is not None
         return int(found[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-if __name__ == "__main__":
-    stop_with_parent()
-    sys.exit(main(Path(sys.argv[1])))

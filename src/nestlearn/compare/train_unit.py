@@ -1,15 +1,14 @@
-"""One model trained and measured on held-out text: ``python -m nestlearn.compare.train_unit FOLDER``."""
+"""One model trained, and measured on held-out text; in a process of its own (`child`)."""
 
 from __future__ import annotations
 
 import json
 import math
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
-from nestlearn.compare.child import REASON, RESULT, STOPPED, UNIT, refuse, stop_with_parent
+from nestlearn.compare.child import REASON, RESULT, STOPPED, UNIT, refuse
 from nestlearn.compare.plan import write_json
 from nestlearn.errors import UserError
 from nestlearn.train.build import load_data
@@ -76,8 +75,3 @@ def _tokenizer(config: TrainConfig) -> Any:
     from nestlearn.data.tokens import load_tokenizer
 
     return load_tokenizer(config.tokenizer)
-
-
-if __name__ == "__main__":
-    stop_with_parent()
-    sys.exit(main(Path(sys.argv[1])))
