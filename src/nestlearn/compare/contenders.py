@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,10 +103,10 @@ def with_shape(labels: Iterable[str], base: TrainConfig, params: int, vocab_size
     L ≈ D / 64, heads of width 64, V D + 12 L D² ≈ ``params``, which is a Transformer whose MLP has 8/3 D hidden units;
     then the widest D up to there at which every model has room for an MLP of D / 4.
     """
-    layers = base.model.get("num_hidden_layers") or max(2, round((params / (12 * 64**2)) ** (1 / 3)))
+    layers = _whole(base.model, "num_hidden_layers", max(2, round((params / (12 * 64**2)) ** (1 / 3))))
     width = (math.sqrt(vocab_size**2 + 48 * layers * params) - vocab_size) / (24 * layers)
     if "hidden_size" in base.model:
-        return _shaped(base, layers, base.model["hidden_size"])
+        return _shaped(base, layers, _whole(base.model, "hidden_size", 0))
     labels = list(labels)
     for hidden in reversed(_widths(width)):
         shaped = _shaped(base, layers, hidden)
@@ -124,9 +124,14 @@ def _fits(config: TrainConfig, params: int, vocab_size: int) -> bool:
     return count(_with_width(config, width), vocab_size) <= params
 
 
-def _shaped(base: TrainConfig, layers: int, hidden: Any) -> TrainConfig:
-    if not isinstance(hidden, int) or hidden < 1:
-        raise UserError(f"model.hidden_size is {hidden!r}: must be a whole number, at least 1")
+def _whole(model: Mapping[str, Any], key: str, default: int) -> int:
+    value = model.get(key, default)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise UserError(f"model.{key} is {value!r}: must be a whole number, at least 1")
+    return value
+
+
+def _shaped(base: TrainConfig, layers: int, hidden: int) -> TrainConfig:
     shape = {
         "hidden_size": hidden,
         "num_hidden_layers": layers,
