@@ -27,6 +27,8 @@ from nestlearn.memory.config import Part, SelfModifyingConfig
 from nestlearn.memory.deep import Fast, InitialWeights, Weights, deep_chunk, deep_forward, own_target, select
 from nestlearn.memory.stream import FastState, run_stream
 from nestlearn.ops.dgd_chunk import chunk_decays
+from nestlearn.ops.inner_chunk import LoopSpec
+from nestlearn.ops.inner_loop import LoopInputs, LoopState, LoopTrained, inner_loop
 from nestlearn.ops.pointwise import l2norm
 from nestlearn.ops.scan import Tensors
 
@@ -214,8 +216,20 @@ class SelfModifyingMemory(nn.Module):
             chunk=c.chunk,
             fresh=state is None,
             recompute=c.recompute and record is None,
+            loop=self._loop if c.recompute and record is None and loop_limit(c) is None else None,
         )
         return y.transpose(1, 2).to(x.dtype), state
+
+    def _loop(self, live: Fast, inputs: Tensors, constants: Tensors) -> tuple[Tensor, Fast]:
+        """All chunks from a boundary on, in one function."""
+        c, trained = self.config, Trained(*constants)
+        spec = LoopSpec(
+            c.names, len(c.written), c.chunk, c.momentum, c.rate_max, c.target_norm == "l2", c.retain_to == "initial",
+            c.retention,
+        )  # fmt: skip
+        mix = torch.ones_like(trained.scales) if c.objective == "l2" else None
+        y, end = inner_loop(LoopInputs(*inputs), LoopState(*live), LoopTrained(*trained, mix), spec)
+        return y, Fast(*end)
 
     def _read_constant(self, x: Tensor, query: Tensor, state: FastState) -> tuple[Tensor, FastState]:
         """A memory that can never change is one product: y = M_memory(q), only the count of tokens moves."""
@@ -327,6 +341,15 @@ class SelfModifyingMemory(nn.Module):
             if reads is not None:
                 done.reads.append(reads)
         return done
+
+
+def loop_limit(config: SelfModifyingConfig) -> str | None:
+    """Why the one-function loop cannot run this configuration, which then goes chunk by chunk; None if it can."""
+    if config.memory_length != config.chunk:
+        return f"memory_chunk is {config.memory_chunk}, the loop wants one chunk for all memories ({config.chunk})"
+    if not config.dgd:
+        return "dgd is False, the loop always writes with the gain x xᵀ term"
+    return "detach_writes is True, the loop has no stop-gradient" if config.detach_writes else None
 
 
 def inner_dtype(dtype: torch.dtype) -> torch.dtype:
