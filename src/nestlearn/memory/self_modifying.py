@@ -227,8 +227,8 @@ class SelfModifyingMemory(nn.Module):
             c.names, len(c.written), c.chunk, c.momentum, c.rate_max, c.target_norm == "l2", c.retain_to == "initial",
             c.retention,
         )  # fmt: skip
-        mix = torch.ones_like(trained.scales) if c.objective == "l2" else None
-        y, end = inner_loop(LoopInputs(*inputs), LoopState(*live), LoopTrained(*trained, mix), spec)
+        mix = torch.ones_like(trained.scales) if c.objective == "l2" else trained.mix
+        y, end = inner_loop(LoopInputs(*inputs), LoopState(*live), LoopTrained(*trained[:-1], mix), spec)
         return y, Fast(*end)
 
     def _read_constant(self, x: Tensor, query: Tensor, state: FastState) -> tuple[Tensor, FastState]:
