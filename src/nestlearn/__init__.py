@@ -10,17 +10,22 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from nestlearn.continual.online import OnlineLearner
+    from nestlearn.continual.online_level import OnlineLevel, online_levels
     from nestlearn.levels import Level
     from nestlearn.models.hf import HopeConfig, HopeForCausalLM
 
 __version__ = "0.1.0"
 
-__all__ = ["HopeConfig", "HopeForCausalLM", "Level", "__version__"]
+__all__ = ["HopeConfig", "HopeForCausalLM", "Level", "OnlineLearner", "OnlineLevel", "__version__", "online_levels"]
 
 _HOMES = {
     "HopeConfig": "nestlearn.models.hf",
     "HopeForCausalLM": "nestlearn.models.hf",
     "Level": "nestlearn.levels",
+    "OnlineLearner": "nestlearn.continual.online",
+    "OnlineLevel": "nestlearn.continual.online_level",
+    "online_levels": "nestlearn.continual.online_level",
 }
 
 
