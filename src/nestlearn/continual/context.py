@@ -7,7 +7,7 @@ somebody else holds. It is a matter of references: no key or value is copied.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -54,8 +54,9 @@ def write_cache(context: Context | None, model: nn.Module, kind: Any = None) -> 
         return HopeCache(context.state, context.columns)
     if context is None:
         return None
-    cache = (kind or DynamicCache)(config=model.config)
-    for layer, keys, values, length in zip(cache.layers, context.keys, context.values, context.lengths, strict=True):
+    cache = (kind or DynamicCache)(config=cast(Any, model.config))
+    layers = cast(list[Any], cache.layers)
+    for layer, keys, values, length in zip(layers, context.keys, context.values, context.lengths, strict=True):
         if keys is None or values is None:
             continue
         layer.lazy_initialization(keys, values)
@@ -78,8 +79,10 @@ def repair(new: Context, old: Context | None, finite: Tensor) -> Context:
     A recurrent state of such a row goes back to the old one; keys and values that are not finite become zero.
     """
     if isinstance(new, CachedStream) and old is not None:
-        before = iter(old.tensors())
-        return new.map(lambda t: torch.where(_rows(finite, t), t, next(before)))
+        before = list(old.tensors())
+        if [t.shape for t in before] == [t.shape for t in new.tensors()]:
+            left = iter(before)
+            return new.map(lambda t: torch.where(_rows(finite, t), t, next(left)))
     return new.map(lambda t: torch.where(_rows(finite, t), t, torch.nan_to_num(t, 0.0, 0.0, 0.0)))
 
 

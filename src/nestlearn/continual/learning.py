@@ -56,7 +56,7 @@ def initial_level(level: OnlineLevel, zeros: Sequence[Delta]) -> LevelState:
 
 
 def collect(state: LevelState, grads: Sequence[Delta], loss: Tensor, finite: Tensor, losses: int) -> LevelState:
-    """After one segment: its gradients (one Delta for each weight) and its summed loss (B,) wait for the period's end."""
+    """After a segment: its gradients, one for each weight, and its summed loss (B,) wait for the period's end."""
     pending = tuple(p.add(g.where(finite)) for p, g in zip(state.pending, grads, strict=True))
     return replace(
         state,
@@ -126,7 +126,7 @@ def _changed(
 
 
 def _judge(level: OnlineLevel, typical: Tensor, loss: Tensor, finite: Tensor) -> tuple[Tensor, Tensor]:
-    """Whether a loss (B,) is a spike, and the running mean and variance after it. What is not finite teaches nothing."""
+    """Whether a loss (B,) is a spike, and the running mean and variance after it; what is not finite teaches none."""
     count, mean, variance = typical.unbind(-1)
     over = loss - mean
     allowed = level.spike * variance.sqrt() + ALWAYS

@@ -2,7 +2,7 @@
 
     tokens    x_0 x_1 … ; the loss of token t is −log p(x_t | x_<t) and belongs to token t
     segments  end at every multiple of every active level's period (in tokens), and where the context is emptied
-    forward   of a segment: its inputs are the tokens before its targets, x_{a−1} … x_{b−2} for the targets x_a … x_{b−1}
+    forward   of a segment: its inputs are the tokens before its targets, x_{a−1} … x_{b−1} for the targets x_a … x_b
 
 So the last token read has been predicted but is no input yet; it is the first input of what comes next, which is what
 ``generate()`` expects of a cache. Each token is one input once: one forward, and one backward at the segment's end, in
@@ -14,13 +14,12 @@ tokens, and these are read once more.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,17 +27,9 @@ from torch.nn import functional as F
 
 from nestlearn.continual import learning
 from nestlearn.continual.context import Context, read_cache, repair, write_cache
-from nestlearn.continual.delta import Delta
-from nestlearn.continual.online_level import (
-    OnlineLevel,
-    check_levels,
-    describe,
-    find_linear,
-    linear_matrix,
-    linear_shape,
-    online_levels,
-)
-from nestlearn.continual.seam import Deltas, active, adapted_cache, attach, cast, gradients
+from nestlearn.continual.online_level import OnlineLevel, online_levels
+from nestlearn.continual.plan import make_plan
+from nestlearn.continual.seam import Deltas, active, adapted_cache, attach, gradients
 from nestlearn.continual.stream_state import HISTORY, VERDICTS, Mark, OnlineState, check_alike
 from nestlearn.errors import UserError
 from nestlearn.models.hf import HopeForCausalLM
@@ -57,32 +48,6 @@ class _Segment:
     tape: dict[str, list[tuple[Tensor, Tensor]]]
     loss: Tensor | None = None
     losses: int = 0
-
-
-@dataclass(frozen=True)
-class _Weight:
-    """A linear weight that a level may change."""
-
-    out: int
-    into: int
-    norm: float
-    dtype: torch.dtype
-    device: torch.device
-
-
-@dataclass
-class _Plan:
-    """What does not change while a learner lives."""
-
-    levels: tuple[OnlineLevel, ...]
-    connection: str
-    context: float
-    weights: dict[str, _Weight] = field(default_factory=dict)
-
-    def room(self, tokens: int) -> float:
-        """Tokens until the open segment ends."""
-        ends = [level.period for level in self.levels if level.active] + [self.context]
-        return min((end - tokens % end for end in ends if end != math.inf), default=math.inf)
 
 
 class OnlineLearner:
@@ -108,14 +73,10 @@ class OnlineLearner:
     ) -> None:
         own = online_levels(model) if levels is None else levels
         self.model = model
-        self._plan = _Plan(check_levels(own, connection), connection, _context_limit(model, context))
-        for path in dict.fromkeys(path for level in self.levels for path in level.weights):
-            self._plan.weights[path] = _measure(find_linear(model, path))
+        self._plan = make_plan(model, own, connection, context)
         attach(model, self._plan.weights)
-        self._made_by = describe(self.levels, connection)
-        self._fingerprint = fingerprint(model, self._plan.weights)
         self._segment: _Segment | None = None
-        self._state = self._empty(1)
+        self._state = self._plan.empty(1)
 
     @property
     def levels(self) -> tuple[OnlineLevel, ...]:
@@ -133,9 +94,8 @@ class OnlineLearner:
             raise UserError(
                 f"state is a {type(state).__name__}, must be an OnlineState: learner.state, or a loaded one"
             )
-        check_alike(state, self._made_by, self._fingerprint)
-        device = next(iter(self._plan.weights.values())).device
-        self._state, self._segment = state.to(device), None
+        check_alike(state, self._plan.made_by, self._plan.fingerprint)
+        self._state, self._segment = state.to(self._plan.device), None
 
     def read(self, tokens: Tensor) -> Tensor:
         """Read on. tokens (B, T) or (T,), T >= 1; the first read decides B.
@@ -145,7 +105,7 @@ class OnlineLearner:
         flat = tokens.dim() == 1
         tokens = self._checked(tokens[None] if flat else tokens)
         if self._state.tokens == 0 and self._state.rows != tokens.shape[0]:
-            self._state = self._empty(tokens.shape[0])
+            self._state = self._plan.empty(tokens.shape[0])
         losses = []
         with self._evaluation():
             while tokens.shape[1]:
@@ -166,7 +126,7 @@ class OnlineLearner:
 
     def restart(self) -> None:
         """A new stream: nothing read, nothing learned, no marks."""
-        self._state, self._segment = self._empty(1), None
+        self._state, self._segment = self._plan.empty(1), None
 
     def mark(self, name: str) -> None:
         """Give the state as it is now a name; a name that is taken moves here."""
@@ -193,7 +153,7 @@ class OnlineLearner:
 
         It does not hold the last token read, which is the first input of what comes next: `prompt` gives both.
         """
-        return adapted_cache(self._context_now(), self.model, self._in_use())
+        return adapted_cache(self._context_now(), self.model, self._plan.in_use(self._state))
 
     def prompt(self, tokens: Tensor | None = None) -> dict[str, Any]:
         """Arguments for the model's own ``generate()`` to go on from here, after further tokens (B, T) if given."""
@@ -229,7 +189,7 @@ class OnlineLearner:
 
         It must read one row for each stream.
         """
-        with active(self._in_use()):
+        with active(self._plan.in_use(self._state)):
             yield
 
     # How a segment is read.
@@ -270,9 +230,8 @@ class OnlineLearner:
 
     def _reopened(self) -> _Segment:
         """The open segment at its start, or, of a state that was loaded or forked inside it, its tokens read again."""
-        state, paths = self._state, {path for level in self.levels if level.active for path in level.weights}
-        context: Any = state.context
-        segment = _Segment(context, self._in_use(), {path: [] for path in self._plan.weights if path in paths})
+        state, context = self._state, cast(Any, self._state.context)
+        segment = _Segment(context, self._plan.in_use(state), {path: [] for path in self._plan.taped})
         if state.open.shape[1]:
             assert state.last is not None
             self._forward(segment, state.open, torch.cat([state.open[:, 1:], state.last], dim=1))
@@ -306,7 +265,7 @@ class OnlineLearner:
             for level, state in zip(self.levels, self._state.levels, strict=True)
         ]
         self._state = replace(self._state, levels=tuple(levels))
-        old: Any = self._state.context
+        old = cast(Any, self._state.context)
         return context if bool(finite.all()) else repair(context, old, finite)
 
     def _change(self, now: int) -> None:
@@ -327,16 +286,6 @@ class OnlineLearner:
         trace = torch.cat([self._state.trace, *lines], dim=1)[:, -HISTORY:]
         self._state = replace(self._state, levels=tuple(levels), trace=trace)
 
-    def _in_use(self) -> Deltas:
-        """By weight, the deltas of the active levels, in the dtype that the model computes in."""
-        found: dict[str, tuple[Delta, ...]] = {}
-        for level, state in zip(self.levels, self._state.levels, strict=True):
-            if not level.active:
-                continue
-            for path, delta in zip(level.weights, state.deltas, strict=True):
-                found[path] = (*found.get(path, ()), delta)
-        return cast(found, {path: weight.dtype for path, weight in self._plan.weights.items()})
-
     def _context_now(self) -> Context | None:
         """The context after all tokens but the last."""
         if self._segment is None and self._state.open.shape[1]:
@@ -344,8 +293,7 @@ class OnlineLearner:
                 self._segment = self._reopened()
         if self._segment is not None:
             return None if self._segment.context is None else self._segment.context.detach()
-        context: Any = self._state.context
-        return context
+        return cast(Any, self._state.context)
 
     def _generate_afresh(self, tokens: Tensor | None, options: dict[str, Any]) -> Tensor:
         """With what was learned, but from an empty context."""
@@ -353,33 +301,14 @@ class OnlineLearner:
         if tokens is None and last is None:
             raise UserError("nothing was read and no tokens are given: read some, or give tokens to start from")
         ids = last if tokens is None else self._checked(tokens)
-        with active(self._in_use()):
+        with active(self._plan.in_use(self._state)):
             return self.model.generate(ids, **options)  # pyright: ignore
 
     # Bookkeeping.
 
     @property
     def _marks(self) -> tuple[Mark, ...]:
-        marks: Any = self._state.marks
-        return marks
-
-    def _empty(self, rows: int) -> OnlineState:
-        first = next(iter(self._plan.weights.values()))
-        levels = []
-        for level in self.levels:
-            own = [self._plan.weights[path] for path in level.weights]
-            zeros = [Delta.zero(rows, w.out, w.into, _wide(w.dtype), w.device) for w in own]
-            levels.append(learning.initial_level(level, zeros))
-        return OnlineState(
-            levels=tuple(levels),
-            context=None,
-            open=torch.zeros(rows, 0, dtype=torch.long, device=first.device),
-            last=None,
-            trace=torch.zeros(rows, 0, 7, dtype=torch.float64, device=first.device),
-            tokens=0,
-            made_by=self._made_by,
-            fingerprint=self._fingerprint,
-        )
+        return cast(tuple[Mark, ...], self._state.marks)
 
     def _checked(self, tokens: Tensor) -> Tensor:
         if tokens.dim() != 2 or tokens.shape[1] < 1 or tokens.is_floating_point():
@@ -408,36 +337,6 @@ class OnlineLearner:
         finally:
             if training:
                 self.model.train()
-
-
-def fingerprint(model: nn.Module, paths: Iterable[str]) -> str:
-    """Of the architecture and of the weights that adapt: a state's deltas belong to these."""
-    digest = hashlib.sha256(type(model).__name__.encode())
-    for path in sorted(paths):
-        matrix = linear_matrix(model.get_submodule(path)).flatten()
-        sample = matrix[:: max(1, len(matrix) // 4096)].double().cpu()
-        digest.update(f"{path} {len(matrix)}".encode() + sample.numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _measure(module: nn.Module) -> _Weight:
-    out, into = linear_shape(module)
-    own = next(iter(module.parameters()), torch.zeros(0))
-    dtype = own.dtype if own.is_floating_point() else torch.float32
-    return _Weight(out, into, float(linear_matrix(module).norm()), dtype, own.device)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
-def _context_limit(model: nn.Module, context: float | None) -> float:
-    if context is None:
-        config = getattr(model, "config", None)
-        return float(getattr(config, "max_position_embeddings", None) or math.inf)
-    if not context >= 2 or (context != math.inf and context != int(context)):
-        raise UserError(f"context is {context}, must be a whole number of tokens, at least 2 (or inf)")
-    return context
 
 
 def _line(level: int, now: int, judged: learning.Judged) -> Tensor:

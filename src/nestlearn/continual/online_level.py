@@ -14,6 +14,9 @@ from torch import Tensor, nn
 
 from nestlearn.errors import UserError, suggest
 from nestlearn.levels import Level
+from nestlearn.models.hf import HopeForCausalLM
+from nestlearn.models.level_chain import LevelChain
+from nestlearn.models.stacking import stacked_levels
 
 RULES = ("sgd", "momentum", "delta_momentum", "m3")
 CONNECTIONS = ("sequential", "independent", "nested")
@@ -118,22 +121,28 @@ def online_levels(model: nn.Module, **settings: Any) -> tuple[OnlineLevel, ...]:
 
     settings  of OnlineLevel, the same for all levels; each level's own ``lr_scale`` multiplies ``lr``
     """
-    own = _own_levels(model)
     linear = {f"{name}.weight": name for name, module in model.named_modules() if is_linear(module)}
-    rate = settings.pop("lr", OnlineLevel.lr)
-    return tuple(
-        OnlineLevel(level.name, level.period, tuple(linear[n] for n in names if n in linear), rate * level.lr_scale, **settings)
-        for level, names in own.items()
-    )  # fmt: skip
+    rate, made = settings.pop("lr", OnlineLevel.lr), []
+    for level, names in _own_levels(model).items():
+        own = tuple(linear[name] for name in names if name in linear)
+        made.append(OnlineLevel(level.name, level.period, own, rate * level.lr_scale, **settings))
+    return tuple(made)
 
 
 def _own_levels(model: nn.Module) -> dict[Level, list[str]]:
-    table = getattr(model, "parameter_levels", None)
-    if table is not None:
+    """Each level, fastest first, with the names of its parameters."""
+    if isinstance(model, HopeForCausalLM):
         grouped: dict[Level, list[str]] = {}
-        for name, level in table().items():
+        for name, level in model.parameter_levels().items():
             grouped.setdefault(level, []).append(name)
         return dict(sorted(grouped.items(), key=lambda item: item[0].period))
+    if any(isinstance(module, LevelChain) for module in model.modules()):
+        raise UserError(
+            "the model was stacked with by='chain', which uses every MLP several times: a stream's levels cannot be "
+            "told apart there; stack it by='depth', or let several OnlineLevels name the same weights"
+        )
+    if getattr(getattr(model, "config", None), "nested_levels", None) is not None:
+        return stacked_levels(model)
     raise UserError(
         f"{type(model).__name__} has no levels of its own: give levels=[OnlineLevel(...)], or stack_levels(model) first"
     )

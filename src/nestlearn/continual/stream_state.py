@@ -105,9 +105,18 @@ class OnlineState(State):
         """The trace of one stream: every level's changes, in order."""
         names = self.level_names
         return [
-            Change(names[int(level)], int(token), *rest, VERDICTS[int(verdict)])
-            for level, token, *rest, verdict in self.trace[row].tolist()
+            Change(names[int(line[0])], int(line[1]), line[2], line[3], line[4], line[5], VERDICTS[int(line[6])])
+            for line in self.trace[row].tolist()
         ]
+
+    def diff(self, before: OnlineState | None = None) -> list[Moved]:
+        """Which levels of which streams moved since ``before``, how far, on which tokens. None: since the beginning."""
+        return diff(self, before)
+
+    @staticmethod
+    def merge(states: Sequence[OnlineState], weights: Sequence[float] | None = None) -> OnlineState:
+        """The weighted mean of what several states have learned; see `merge`."""
+        return merge(states, weights)
 
     def sizes(self) -> dict[str, int]:
         """Bytes for each stream, by what they hold."""
