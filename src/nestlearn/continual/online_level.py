@@ -150,12 +150,17 @@ def _own_levels(model: nn.Module) -> dict[Level, list[str]]:
 
 def is_linear(module: nn.Module) -> bool:
     """A torch Linear, GPT-2's Conv1D, or a quantised one: a map of the last dimension with a known width."""
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D" or hasattr(module, "in_features")
+    return isinstance(module, nn.Linear) or is_conv1d(module) or hasattr(module, "in_features")
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """GPT-2's linear layer, whose weight is stored as (in, out)."""
+    return type(module).__name__ == "Conv1D"
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int]:
     """(out, in)."""
-    if type(module).__name__ == "Conv1D":
+    if is_conv1d(module):
         into, out = module.weight.shape  # pyright: ignore
         return int(out), int(into)
     return int(module.out_features), int(module.in_features)  # pyright: ignore
@@ -166,7 +171,7 @@ def linear_matrix(module: nn.Module) -> Tensor:
     weight = getattr(module, "weight", None)
     if isinstance(weight, Tensor) and weight.is_floating_point():
         wide = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
-        return wide.mT if type(module).__name__ == "Conv1D" else wide
+        return wide.mT if is_conv1d(module) else wide
     with torch.no_grad():
         units = torch.eye(linear_shape(module)[1])
         return (module(units) - module(torch.zeros_like(units))).float().mT
