@@ -103,7 +103,7 @@ def consolidate(
         if not (steps >= 1 and lr > 0 and window >= 2):
             raise UserError(f"steps is {steps}, lr {lr}, window {window}: must be >= 1, > 0, >= 2")
         _train(new, into, plan, list(zip(states, texts, strict=True)), rehearse, method, (steps, lr, window, seed))
-    own = [(t, plan.in_use(s)) for s, t in zip(states, texts, strict=True)]
+    own = [(t, plan.in_use(into, s)) for s, t in zip(states, texts, strict=True)]
     report = Consolidation(
         method,
         base=_mean(_loss(into, t, window) for t, _ in own),
@@ -155,7 +155,7 @@ def _texts(chunks: Tensor | Sequence[Tensor] | None, states: list[OnlineState], 
 def _average(new: nn.Module, plan: Plan, states: list[OnlineState]) -> None:
     streams = sum(state.rows for state in states)
     for state in states:
-        for path, deltas in plan.in_use(state).items():
+        for path, deltas in plan.deltas(state).items():
             weight: Any = new.get_submodule(path).weight
             total = sum((d.matrix().float().sum(dim=0) for d in deltas), start=torch.zeros(()))
             assert isinstance(total, Tensor)
@@ -183,7 +183,7 @@ def _train(
         for step in range(steps):
             state, text = streams[step % len(streams)]
             piece = _piece(text, window, chance)
-            loss = _nats(new, piece).mean() if method == "replay" else _gap(new, base, piece, plan.in_use(state))
+            loss = _nats(new, piece).mean() if method == "replay" else _gap(new, base, piece, plan.in_use(base, state))
             if rehearse is not None:
                 loss = loss + _gap(new, base, _piece(rehearse, window, chance), {})
             optimizer.zero_grad()

@@ -57,7 +57,8 @@ def initial_level(level: OnlineLevel, zeros: Sequence[Delta]) -> LevelState:
 
 def collect(state: LevelState, grads: Sequence[Delta], loss: Tensor, finite: Tensor, losses: int) -> LevelState:
     """After a segment: its gradients, one for each weight, and its summed loss (B,) wait for the period's end."""
-    pending = tuple(p.add(g.where(finite)) for p, g in zip(state.pending, grads, strict=True))
+    grads = _kept(grads, finite)
+    pending = tuple(p.add(g) for p, g in zip(state.pending, grads, strict=True))
     return replace(
         state,
         pending=pending,
@@ -70,12 +71,11 @@ def collect(state: LevelState, grads: Sequence[Delta], loss: Tensor, finite: Ten
 def end_period(level: OnlineLevel, state: LevelState, norms: Sequence[float]) -> tuple[LevelState, Judged]:
     """The change at the end of a period. norms: ‖W‖_F of each weight."""
     loss = state.loss / max(state.losses, 1)
-    grads = [p.scaled(1 / max(state.losses, 1)) for p in state.pending]
-    surprise = total_norm(grads)
+    surprise = total_norm(state.pending) / max(state.losses, 1)
     broken = state.broken | ~torch.isfinite(loss) | ~torch.isfinite(surprise)
     spike, typical = _judge(level, state.typical, loss, ~broken)
     ok = ~(broken | spike)
-    deltas, memory, bounded = _changed(level, state, [g.where(ok) for g in grads], surprise, norms)
+    deltas, memory, bounded = _changed(level, state, _kept(state.pending, ok), surprise, norms)
     broken = broken | (ok & ~torch.isfinite(total_norm(deltas)))
     ok = ok & ~broken
     rolled = state.deltas if state.good is None else state.good
@@ -84,7 +84,9 @@ def end_period(level: OnlineLevel, state: LevelState, norms: Sequence[float]) ->
         state,
         deltas=deltas,
         good=None if state.good is None else _choose(ok, state.deltas, state.good),
-        memory=tuple(tuple(torch.where(ok[:, None, None], t, 0) for t in own) for own in memory),
+        memory=memory
+        if bool(ok.all())
+        else tuple(tuple(torch.where(ok[:, None, None], t, 0) for t in own) for own in memory),
         pending=tuple(Delta.zero(len(ok), *_shape(p), state.loss.dtype, state.loss.device) for p in state.pending),
         loss=torch.zeros_like(loss),
         broken=torch.zeros_like(broken),
@@ -107,13 +109,13 @@ def restarted(state: LevelState, slower: LevelState) -> LevelState:
 
 
 def _changed(
-    level: OnlineLevel, state: LevelState, grads: list[Delta], surprise: Tensor, norms: Sequence[float]
+    level: OnlineLevel, state: LevelState, sums: Sequence[Delta], surprise: Tensor, norms: Sequence[float]
 ) -> tuple[tuple[Delta, ...], tuple[tuple[Tensor, ...], ...], Tensor]:
     """Δ and the rule's memory after the change, and in which streams a bound was met (B,)."""
-    shrink = (level.clip / surprise.clamp(min=TINY)).clamp(max=1)
+    scale = (level.clip / surprise.clamp(min=TINY)).clamp(max=1) / max(state.losses, 1)
     deltas, memories, bounded = [], [], torch.zeros_like(surprise, dtype=torch.bool)
-    for delta, memory, g, norm in zip(state.deltas, state.memory, grads, norms, strict=True):
-        step, memory = change(level, memory, g.scaled(shrink), state.steps + 1)
+    for delta, memory, g, norm in zip(state.deltas, state.memory, sums, norms, strict=True):
+        step, memory = change(level, memory, g.scaled(scale), state.steps + 1)
         moved = (delta if level.retention == 1 else delta.scaled(level.retention)).add(step)
         size = moved.norm()
         outside = size > level.bound * norm
@@ -145,6 +147,11 @@ def _choose(ok: Tensor, new: Sequence[Delta], old: Sequence[Delta]) -> tuple[Del
     if not bool(ok.any()):
         return tuple(old)
     return tuple(n.where(ok).add(o.where(~ok)) for n, o in zip(new, old, strict=True))
+
+
+def _kept(deltas: Sequence[Delta], ok: Tensor) -> Sequence[Delta]:
+    """Zero in the rows that are not ok."""
+    return deltas if bool(ok.all()) else [delta.where(ok) for delta in deltas]
 
 
 def _moved(after: Sequence[Delta], before: Sequence[Delta]) -> Tensor:

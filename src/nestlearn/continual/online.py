@@ -53,7 +53,7 @@ class _Segment:
 class OnlineLearner:
     """Reads streams with a Hugging Face causal language model whose levels learn in context.
 
-    model       changed in nothing but hooks that do nothing on their own; its weights are never written
+    model       its weights are never written; its linear modules are made to look for a stream's deltas (seam.py)
     levels      OnlineLevel objects, fastest first; None: the model's own levels (`online_levels`)
     connection  "sequential" and "independent": each level keeps its own Δ (the model says how their blocks connect);
                 "nested": a faster level restarts from the next slower one's Δ each time that one steps
@@ -153,7 +153,7 @@ class OnlineLearner:
 
         It does not hold the last token read, which is the first input of what comes next: `prompt` gives both.
         """
-        return adapted_cache(self._context_now(), self.model, self._plan.in_use(self._state))
+        return adapted_cache(self._context_now(), self.model, self._plan.in_use(self.model, self._state))
 
     def prompt(self, tokens: Tensor | None = None) -> dict[str, Any]:
         """Arguments for the model's own ``generate()`` to go on from here, after further tokens (B, T) if given."""
@@ -189,7 +189,7 @@ class OnlineLearner:
 
         It must read one row for each stream.
         """
-        with active(self._plan.in_use(self._state)):
+        with active(self._plan.in_use(self.model, self._state)):
             yield
 
     # How a segment is read.
@@ -231,7 +231,7 @@ class OnlineLearner:
     def _reopened(self) -> _Segment:
         """The open segment at its start, or, of a state that was loaded or forked inside it, its tokens read again."""
         state, context = self._state, cast(Any, self._state.context)
-        segment = _Segment(context, self._plan.in_use(state), {path: [] for path in self._plan.taped})
+        segment = _Segment(context, self._plan.in_use(self.model, state), {path: [] for path in self._plan.taped})
         if state.open.shape[1]:
             assert state.last is not None
             self._forward(segment, state.open, torch.cat([state.open[:, 1:], state.last], dim=1))
@@ -301,7 +301,7 @@ class OnlineLearner:
         if tokens is None and last is None:
             raise UserError("nothing was read and no tokens are given: read some, or give tokens to start from")
         ids = last if tokens is None else self._checked(tokens)
-        with active(self._plan.in_use(self._state)):
+        with active(self._plan.in_use(self.model, self._state)):
             return self.model.generate(ids, **options)  # pyright: ignore
 
     # Bookkeeping.

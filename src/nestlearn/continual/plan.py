@@ -20,7 +20,7 @@ from nestlearn.continual.online_level import (
     linear_matrix,
     linear_shape,
 )
-from nestlearn.continual.seam import Deltas, cast
+from nestlearn.continual.seam import Deltas, usable
 from nestlearn.continual.stream_state import OnlineState
 from nestlearn.errors import UserError
 
@@ -82,14 +82,20 @@ class Plan:
             fingerprint=self.fingerprint,
         )
 
-    def in_use(self, state: OnlineState) -> Deltas:
-        """By weight, the deltas of the active levels, in the dtype that the model computes in."""
+    def deltas(self, state: OnlineState) -> dict[str, tuple[Delta, ...]]:
+        """By weight, what the active levels have learned."""
         found: dict[str, tuple[Delta, ...]] = {}
         for level, own in zip(self.levels, state.levels, strict=True):
             for path, delta in zip(level.weights, own.deltas, strict=True):
                 if level.active:
                     found[path] = (*found.get(path, ()), delta)
-        return cast(found, {path: weight.dtype for path, weight in self.weights.items()})
+        return found
+
+    def in_use(self, model: nn.Module, state: OnlineState) -> Deltas:
+        """The same, as the model's forward uses it."""
+        found = self.deltas(state).items()
+        forms = {path: usable(model.get_submodule(path), own, self.weights[path].dtype) for path, own in found}
+        return {path: form for path, form in forms.items() if form}
 
 
 def make_plan(model: nn.Module, levels: Iterable[OnlineLevel], connection: str, context: float | None) -> Plan:

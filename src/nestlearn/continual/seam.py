@@ -1,10 +1,12 @@
-"""How a model's forward pass sees a stream's deltas: hooks on its linear modules that look at what is active now.
+"""How a model's forward pass sees a stream's deltas: its linear modules look at what is active now.
 
-    y = module(x)  →  y + Σ_levels x Dᵀ          in this forward, and in this thread, only
+    y = module(x)  →  x (W + Σ_levels D)ᵀ + b          in this forward, and in this thread, only
 
-The hooks hold nothing. What is active is either set around a forward (`active`), or travels in the cache: a model that
-is given an `AdaptedCache` reads with the deltas in it, through any code that calls it, ``generate()`` included.
-A module that no active delta names returns what it always returned, bit for bit.
+`attach` puts a function before a module's own ``forward``. It holds nothing: what is active is either set around a
+forward (`active`), or travels in the cache: a model that is given an `AdaptedCache` reads with the deltas in it, through
+any code that calls it, ``generate()`` included. A module that no active delta names runs its own forward, bit for bit.
+The sum W + D is made once for a segment, so that a stream costs what the model costs; weights in half precision or
+quantised, where a small D would be lost in the sum, run their own forward and add x Dᵀ.
 """
 
 from __future__ import annotations
@@ -14,18 +16,30 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import DynamicCache
 
 from nestlearn.continual.context import Context, write_cache
 from nestlearn.continual.delta import Delta
+from nestlearn.continual.online_level import is_conv1d, linear_matrix
 from nestlearn.errors import UserError
+from nestlearn.memory.state import State
 from nestlearn.models.hf import CachedStream, HopeCache
 
-Deltas = Mapping[str, tuple[Delta, ...]]  # by the path of a module: those of every level that writes there
+
+@dataclass(frozen=True)
+class Whole(State):
+    """W + Σ D (B, out, in): the weight of each stream."""
+
+    weight: Tensor
+
+
+# By the path of a module, what each stream uses there: the deltas of every level that writes to it, or their Whole.
+Deltas = Mapping[str, tuple[Delta | Whole, ...]]
 
 
 @dataclass
@@ -41,19 +55,14 @@ _NOW: ContextVar[Active | None] = ContextVar("nestlearn_active_deltas", default=
 
 
 def attach(model: nn.Module, paths: Iterable[str]) -> None:
-    """Puts the hooks where they are missing. They stay: without active deltas they do nothing."""
+    """Makes the model ready. It stays so: without active deltas nothing changes."""
     for path in paths:
         module = model.get_submodule(path)
-        if not _hooked(module._forward_hooks, _after_linear):
-            module.register_forward_hook(partial(_after_linear, path))
-    if not _hooked(model._forward_hooks, _after_model):
+        if getattr(module.forward, "func", None) is not _forward:
+            module.forward = partial(_forward, path, module, type(module).forward)
+    if not any(getattr(hook, "func", None) is _after_model for hook in model._forward_hooks.values()):
         model.register_forward_pre_hook(partial(_before_model), with_kwargs=True)
         model.register_forward_hook(partial(_after_model), with_kwargs=True, always_call=True)
-
-
-def _hooked(hooks: Mapping[int, Any], function: Any) -> bool:
-    """A copied model has copied hooks: so the module is asked, not a table of models."""
-    return any(getattr(hook, "func", None) is function for hook in hooks.values())
 
 
 @contextmanager
@@ -66,21 +75,33 @@ def active(deltas: Deltas, tape: dict[str, list[tuple[Tensor, Tensor]]] | None =
         _NOW.reset(token)
 
 
-def _after_linear(path: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+def _forward(path: str, module: nn.Module, own: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """In place of a linear module's forward, which is ``own``."""
     now = _NOW.get()
     if now is None:
-        return None
-    x, y = args[0], output
-    for delta in now.deltas.get(path, ()):
-        if not delta.is_zero:
-            y = y + delta.apply(_streams(path, x, delta)).reshape(y.shape).to(y.dtype)
+        return own(module, x, *args, **kwargs)
+    used = now.deltas.get(path, ())
+    if used and isinstance(used[0], Whole):
+        y = _linear(_streams(path, x, used[0]), used[0].weight, cast(Any, module.bias)).reshape(*x.shape[:-1], -1)
+    else:
+        y = own(module, x, *args, **kwargs)
+        for delta in used:
+            y = y + cast(Delta, delta).apply(_streams(path, x, delta)).reshape(y.shape).to(y.dtype)
     if now.tape is not None and path in now.tape:
         y = y if y.requires_grad else y.detach().requires_grad_()
         now.tape[path].append((x.detach(), y))
     return y
 
 
-def _streams(path: str, x: Tensor, delta: Delta) -> Tensor:
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x (B, T, in), weight (B, out, in)."""
+    if len(weight) == 1:
+        return F.linear(x, weight[0], bias)
+    y = x @ weight.mT
+    return y if bias is None else y + bias
+
+
+def _streams(path: str, x: Tensor, delta: Delta | Whole) -> Tensor:
     """x as (B, T, in), one row for each stream; some models flatten (B, T) to one dimension."""
     rows = next(delta.tensors()).shape[0]
     if x.shape[0] % rows or (x.dim() > 2 and x.shape[0] != rows):
@@ -158,10 +179,20 @@ def _after_model(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         output.past_key_values = AdaptedHopeCache(after.state, after.seen, cache.deltas)
 
 
-def cast(deltas: Deltas, dtypes: Mapping[str, torch.dtype]) -> Deltas:
-    """The deltas in the dtype that each module computes in, once instead of in every forward; without the zeros."""
-    kept = {path: tuple(d for d in ds if not d.is_zero) for path, ds in deltas.items()}
-    return {path: tuple(d.to(dtype=dtypes[path]) for d in ds) for path, ds in kept.items() if ds}
+@torch.no_grad()
+def usable(module: nn.Module, deltas: tuple[Delta, ...], dtype: torch.dtype) -> tuple[Delta | Whole, ...]:
+    """The deltas of one module in the form in which a forward is cheapest; nothing where all are zero.
+
+    dtype  in which the module computes
+    """
+    kept = [delta for delta in deltas if not delta.is_zero]
+    plain = type(module) is nn.Linear or is_conv1d(module)
+    if not kept or not plain or dtype not in (torch.float32, torch.float64):
+        return tuple(delta.to(dtype=dtype) for delta in kept)
+    weight = linear_matrix(module)
+    for delta in kept:
+        weight = weight + delta.matrix()
+    return (Whole(weight),)
 
 
 def gradients(loss: Tensor, tape: dict[str, list[tuple[Tensor, Tensor]]]) -> dict[str, Delta]:
