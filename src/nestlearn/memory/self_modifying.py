@@ -28,8 +28,9 @@ from nestlearn.memory.deep import Fast, InitialWeights, Weights, deep_chunk, dee
 from nestlearn.memory.stream import FastState, run_stream
 from nestlearn.ops.dgd_chunk import chunk_decays
 from nestlearn.ops.inner_chunk import LoopSpec
-from nestlearn.ops.inner_loop import LoopInputs, LoopState, LoopTrained, inner_loop
+from nestlearn.ops.inner_loop import LoopInputs, LoopState, LoopTrained
 from nestlearn.ops.pointwise import l2norm
+from nestlearn.ops.registry import Loop, Task, loop_for
 from nestlearn.ops.scan import Tensors
 
 _LOG_FLOOR = -30.0  # log α is kept above this: e⁻³⁰ of a write is nothing, and sums of logs keep their precision
@@ -206,6 +207,7 @@ class SelfModifyingMemory(nn.Module):
         scales = torch.stack([self.rate_scale[n] for n in c.written]).abs()
         reads = (self.rate_read.weight, self.rate_read.bias, self.retain_read.weight, self.retain_read.bias)
         mix = (torch.stack([self.mix[n].logits for n in c.written]).sigmoid(),) if self.mix else ()  # pyright: ignore
+        loop = loop_for(self._task(x), quiet=not c.recompute)
         periods = torch.tensor([c.chunk] * (len(c.names) - 1) + [c.memory_length], device=x.device)
         y, state = run_stream(
             partial(self._step, record=record),
@@ -216,11 +218,20 @@ class SelfModifyingMemory(nn.Module):
             chunk=c.chunk,
             fresh=state is None,
             recompute=c.recompute and record is None,
-            loop=self._loop if c.recompute and record is None and loop_limit(c) is None else None,
+            loop=None if loop is None or record is not None else partial(self._loop, loop),
         )
         return y.transpose(1, 2).to(x.dtype), state
 
-    def _loop(self, live: Fast, inputs: Tensors, constants: Tensors) -> tuple[Tensor, Fast]:
+    def _task(self, x: Tensor) -> Task:
+        """What the registry of implementations needs to know."""
+        c, dtype = self.config, inner_dtype(x.dtype)
+        only_steps = (
+            loop_limit(c) if c.recompute else "recompute is False, which asks for the path with all derivatives"
+        )
+        operands = x.dtype if x.dtype == torch.bfloat16 else dtype
+        return Task(x.device, dtype, operands, c.head_width, c.hidden_width, c.chunk, only_steps)
+
+    def _loop(self, run: Loop, live: Fast, inputs: Tensors, constants: Tensors) -> tuple[Tensor, Fast]:
         """All chunks from a boundary on, in one function."""
         c, trained = self.config, Trained(*constants)
         spec = LoopSpec(
@@ -228,7 +239,7 @@ class SelfModifyingMemory(nn.Module):
             c.retention,
         )  # fmt: skip
         mix = torch.ones_like(trained.scales) if c.objective == "l2" else trained.mix
-        y, end = inner_loop(LoopInputs(*inputs), LoopState(*live), LoopTrained(*trained[:-1], mix), spec)
+        y, end = run(LoopInputs(*inputs), LoopState(*live), LoopTrained(*trained[:-1], mix), spec)
         return y, Fast(*end)
 
     def _read_constant(self, x: Tensor, query: Tensor, state: FastState) -> tuple[Tensor, FastState]:
