@@ -40,7 +40,7 @@ def outcome(memory: SelfModifyingMemory, cut: int = 0) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("cut", [0, 11])
-@pytest.mark.parametrize("objective", ["dot", "l2"])
+@pytest.mark.parametrize("objective", ["dot", "l2", "mix"])
 @pytest.mark.parametrize("settings", CASES, ids=str)
 def test_recomputing_changes_nothing(settings, objective, cut):
     """Outputs, state and all gradients; also over two pieces of a stream that is cut inside a chunk."""

@@ -32,7 +32,10 @@ CASES: dict[str, tuple[SelfModifyingConfig, int]] = {  # configuration, tokens
     "momentum": (replace(BASE, momentum=0.7, retain_to="zero"), 21),
     "l2, adaptive query": (replace(BASE, objective="l2", adaptive=("k", "v", "eta", "alpha", "q"), heads=1), 19),
     "static, letter": (replace(BASE, adaptive=("v",), target_norm="none", retention=False, rate_max=0.5, heads=1), 18),
-    "forgets at once": (replace(BASE, retain_start=1e-4, chunk=32, memory_chunk=32, head_width=5, hidden_width=16, heads=1), 32),
+    "forgets at once": (
+        replace(BASE, retain_start=1e-4, chunk=32, memory_chunk=32, head_width=5, hidden_width=16, heads=1),
+        32,
+    ),
 }
 
 

@@ -29,7 +29,12 @@ def counted(config, tokens):
 def test_flops_are_those_of_the_products(memory, monkeypatch):
     monkeypatch.delenv("NESTLEARN_KERNELS", raising=False)
     config = HopeConfig(
-        hidden_size=128, num_attention_heads=2, num_hidden_layers=2, intermediate_size=256, levels=[1, 64], memory=memory
+        hidden_size=128,
+        num_attention_heads=2,
+        num_hidden_layers=2,
+        intermediate_size=256,
+        levels=[1, 64],
+        memory=memory,
     )
     # the convolution is elementwise here, so the counter does not see it
     expected = sum(part.flops for part in parts(config, tokens=256) if part.name != "convolution")

@@ -66,7 +66,9 @@ def _self_check(name: str, device: torch.device) -> str:
     from nestlearn.memory.self_modifying import SelfModifyingConfig
 
     config = SelfModifyingConfig(16, 16, heads=2, chunk=16, recompute=name != "reference")
-    truth = _run(SelfModifyingConfig(16, 16, heads=2, chunk=16, recompute=False), "reference", torch.device("cpu"), torch.float64)
+    truth = _run(
+        SelfModifyingConfig(16, 16, heads=2, chunk=16, recompute=False), "reference", torch.device("cpu"), torch.float64
+    )
     try:
         found = _run(config, name, device, torch.float32)
     except Exception as error:  # whatever it is, it is what a doctor is asked for

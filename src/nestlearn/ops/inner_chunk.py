@@ -290,7 +290,9 @@ def chunk_back(
     d_weights = Weights(dw1, part2)
     d_log = grads.finish(shares.plain, spec.momentum)
     dq = dy + asked2.query
-    d_inputs = _gates_back(dk, d_value.unflatten(0, (-1, n)).sum(0), dq, d_rate, d_log, done, weights, d_weights, frame, totals)
+    d_inputs = _gates_back(
+        dk, d_value.unflatten(0, (-1, n)).sum(0), dq, d_rate, d_log, done, weights, d_weights, frame, totals
+    )
     ds1[:, :d] += dw1
     ds2[:, :h] += part2
     return d_inputs, StateGrads(ds1, ds2)

@@ -182,7 +182,9 @@ def solve(x: Tensor, gram: Tensor, g: Tensor, rate: Tensor, carried: Carried, sh
     if shares.leak is None:
         reads = share.baddbmm_(matrix, torch.addcmul(updates, gain, share), alpha=-1)
         erased, moment = torch.addcmul(updates, gain, reads), None
-        return Solved(x, g, gain, shrink, updates, gram, None, matrix, reads, erased, shares.retain_end * erased, carried)
+        return Solved(
+            x, g, gain, shrink, updates, gram, None, matrix, reads, erased, shares.retain_end * erased, carried
+        )
     moment = _spread(gram, shares.moment, heads, len(x))
     right = share.baddbmm_(moment, updates, alpha=-1)
     reads = right.baddbmm_(matrix, gain * right, alpha=-1)

@@ -49,9 +49,7 @@ class LoopTrained(NamedTuple):
     mix: Tensor | None = None
 
 
-def inner_loop(
-    inputs: LoopInputs, state: LoopState, trained: LoopTrained, spec: LoopSpec
-) -> tuple[Tensor, LoopState]:
+def inner_loop(inputs: LoopInputs, state: LoopState, trained: LoopTrained, spec: LoopSpec) -> tuple[Tensor, LoopState]:
     """y (B, H, T, d) and the state after the last token; the first token begins a chunk, the last chunk may be short."""
     y, *after = _InnerLoop.apply(spec, *inputs, *state, *trained)  # pyright: ignore[reportGeneralTypeIssues]
     return y, LoopState(*after)
@@ -93,9 +91,21 @@ class _InnerLoop(torch.autograd.Function):
         for group in reversed(range(0, len(pieces), spec.keep)):
             begin = group // spec.keep * 2
             grads = _group_back(
-                inputs, dy, pieces[group : group + spec.keep], (kept[begin], kept[begin + 1]), grads, frame, totals, d_inputs
+                inputs,
+                dy,
+                pieces[group : group + spec.keep],
+                (kept[begin], kept[begin + 1]),
+                grads,
+                frame,
+                totals,
+                d_inputs,
             )
-        return None, *d_inputs, *_state_grads(grads, LoopState(*d_state), totals, spec), *_trained_grads(totals, trained)
+        return (
+            None,
+            *d_inputs,
+            *_state_grads(grads, LoopState(*d_state), totals, spec),
+            *_trained_grads(totals, trained),
+        )
 
 
 def _group_back(
@@ -180,9 +190,7 @@ def _unfold_state(state: LoopState, pair: tuple[Tensor, Tensor], last: Chunk, sp
         ends = (*pair, last_write(last.layer1), last_write(last.layer2))
     else:
         ends = (pair[0][:, :d], pair[1][:, :h], pair[0][:, d:], pair[1][:, h:])
-    return tuple(
-        torch.cat([old[:, :first], _unfold(new, old)], dim=1) for old, new in zip(state, ends, strict=True)
-    )
+    return tuple(torch.cat([old[:, :first], _unfold(new, old)], dim=1) for old, new in zip(state, ends, strict=True))
 
 
 def _fold_grads(grads: LoopState, spec: LoopSpec) -> StateGrads:

@@ -1,8 +1,8 @@
 """What queries read of one layer within a chunk, each before its own token's write, with its backward pass by hand.
 
-    out = share(q) − ((Q Xᵀ) ∘ W') Ĝ − ((Q Xᵀ) ∘ R') E            letters and share as in `inner_layer.py`
+out = share(q) − ((Q Xᵀ) ∘ W') Ĝ − ((Q Xᵀ) ∘ R') E            letters and share as in `inner_layer.py`
 
-    dĜ = −((Q Xᵀ) ∘ W')ᵀ dout      dE = −((Q Xᵀ) ∘ R')ᵀ dout      d(Q Xᵀ) = −(dout Ĝᵀ) ∘ W' − (dout Eᵀ) ∘ R'
+dĜ = −((Q Xᵀ) ∘ W')ᵀ dout      dE = −((Q Xᵀ) ∘ R')ᵀ dout      d(Q Xᵀ) = −(dout Ĝᵀ) ∘ W' − (dout Eᵀ) ∘ R'
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ _BLOCK = 16
 
 def resolvent(strict: Tensor, gain: Tensor) -> Tensor:
     """Q for N (batch, C, C), whose entries on and above the diagonal are 0, and gain (batch, C, 1); any C >= 1."""
+    strict = strict.contiguous()  # a gram of one head may be spread over the maps without a copy
     size = strict.shape[-1]
     padded = _BLOCK * 2 ** max(0, (-(-size // _BLOCK) - 1).bit_length())
     if padded > size:

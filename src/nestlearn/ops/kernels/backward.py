@@ -97,7 +97,16 @@ def carry_back(
 
 @triton.jit
 def read_back(
-    grad, query, x, updates, erased, ratio, moment, MOMENT: tl.constexpr, OPERANDS: tl.constexpr, PRECISION: tl.constexpr
+    grad,
+    query,
+    x,
+    updates,
+    erased,
+    ratio,
+    moment,
+    MOMENT: tl.constexpr,
+    OPERANDS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """Of a read's own sums: dQ, dX, dĜ, dE; d log R' as a matrix, dW'."""
     products = dot(query, tl.trans(x), OPERANDS, PRECISION)

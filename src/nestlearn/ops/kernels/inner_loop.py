@@ -151,8 +151,12 @@ class _InnerLoop(torch.autograd.Function):
         groups, size = plan.groups(), len(_weights(state, plan.spec))
         for number, group in reversed(list(enumerate(groups))):
             starts = kept[number * size : (number + 1) * size]
-            moment = plan.spec.momentum > 0 or (d_after[2] is not None or d_after[3] is not None) and plan.ends_in(group)
-            _run_backward(plan, inputs, dy, _group_states(plan, inputs, starts, trained, group), trained, grads, group, moment)
+            moment = (
+                plan.spec.momentum > 0 or (d_after[2] is not None or d_after[3] is not None) and plan.ends_in(group)
+            )
+            _run_backward(
+                plan, inputs, dy, _group_states(plan, inputs, starts, trained, group), trained, grads, group, moment
+            )
         return None, None, None, *grads.finish(trained, plan.spec)
 
 
