@@ -7,6 +7,9 @@ that is local to the chunk is computed again; each written memory gives its part
 gradient of its end into that of its start, in place; then the slow memories take what they generated.
 """
 
+# Kernels are in Triton's language, of which these checks know nothing.
+# pyright: reportArgumentType=false, reportOperatorIssue=false
+
 from __future__ import annotations
 
 import triton

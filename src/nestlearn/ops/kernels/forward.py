@@ -8,6 +8,9 @@ state pointers  w1 (slots, B, M, H, d, h), w2 (slots, B, M, H, h, d) and momenta
 bounds          (B, 2) first token and end of each row
 """
 
+# Kernels are in Triton's language, of which these checks know nothing.
+# pyright: reportArgumentType=false, reportOperatorIssue=false
+
 from __future__ import annotations
 
 import triton

@@ -12,6 +12,9 @@ group again, writing down each chunk's start, and then the backward kernel. Noth
 the same bits every time.
 """
 
+# A kernel is launched with tuples unpacked, which this check cannot count.
+# pyright: reportCallIssue=false
+
 from __future__ import annotations
 
 import math

@@ -9,6 +9,9 @@ so to 1.4e-2 (one draw of tests/ops/test_kernels.py).
 Letters: C tokens, D head width, HID hidden width, all padded; R' ``ratio``, W' ``moment``, Ĝ ``updates``, E ``erased``.
 """
 
+# Kernels are in Triton's language, of which these checks know nothing.
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportGeneralTypeIssues=false
+
 from __future__ import annotations
 
 import os

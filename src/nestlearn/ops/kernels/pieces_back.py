@@ -3,6 +3,9 @@
 With E = gain · P, w = dE − Nᵀ dright:   dright = (I + N D)⁻ᵀ D dE    dgain = ⟨w, P⟩ + ⟨dĜ, G⟩    dG = D dĜ
 """
 
+# Kernels are in Triton's language, of which these checks know nothing.
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportGeneralTypeIssues=false
+
 from __future__ import annotations
 
 import triton
