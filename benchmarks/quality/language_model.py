@@ -18,7 +18,7 @@ from pathlib import Path
 
 from nestlearn.cli import main as nestlearn
 
-DATA = Path(os.environ.get("NESTLEARN_DATA", Path(__file__).parents[2] / "../shared/data"))
+DATA = Path(os.environ.get("NESTLEARN_DATA", "../shared/data"))  # from the root of the checkout
 MODELS = ("hope", "transformer", "retnet", "deltanet", "gated_deltanet", "titans", "ttt_mlp")
 TEXTS = ("eltec_eng_train.jsonl.xz", "eltec_eng_val.jsonl.xz")
 SETTINGS = (
