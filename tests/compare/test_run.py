@@ -127,6 +127,9 @@ def test_a_unit_whose_parent_is_gone_saves_and_is_resumed_exactly(tmp_path):
 def test_a_unit_of_other_settings_is_refused(tmp_path):
     unit = {"config": config(tmp_path).to_dict(), "keep": True}
     do_unit("train_unit", tmp_path / "unit", unit, Pretended(lambda model, c: 2.0))
+    older = {"config": {k: v for k, v in unit["config"].items() if k != "held_out_per_document"}, "keep": True}
+    (tmp_path / "unit" / UNIT).write_text(json.dumps(older))  # by a version without that setting
+    assert do_unit("train_unit", tmp_path / "unit", unit, in_process)["bits_per_byte"] == 2.0
     with pytest.raises(UserError, match="not what these settings ask for"):
         do_unit("train_unit", tmp_path / "unit", unit | {"keep": False}, Pretended(lambda model, c: 2.0))
 
@@ -136,7 +139,7 @@ def test_what_a_unit_refuses_is_the_one_error(tmp_path):
     with pytest.raises(UserError, match="nowhere: no such file"):
         do_unit(TRAIN, tmp_path / "unit", {"config": missing, "keep": True}, in_process)
     with pytest.raises(UserError, match="signal 9"):
-        do_unit(TRAIN, tmp_path / "other", {"config": {}}, lambda module, folder: -9)
+        do_unit(TRAIN, tmp_path / "other", {"config": config(tmp_path).to_dict()}, lambda module, folder: -9)
     assert REFUSED != STOPPED
 
 
