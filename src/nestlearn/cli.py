@@ -1,4 +1,4 @@
-"""The command line: ``nestlearn train | eval | generate | levels | compare | report``, each a file in `commands/`.
+"""The command line: ``nestlearn COMMAND``, each command of `COMMANDS` a file in `commands/`.
 
 Bad input ends with one line on stderr and exit code 2. Everything heavy is imported when a command needs it.
 """
@@ -18,6 +18,7 @@ import tyro
 
 from nestlearn import __version__
 from nestlearn.commands.compare import compare
+from nestlearn.commands.doctor import doctor
 from nestlearn.commands.eval import evaluate
 from nestlearn.commands.generate import generate
 from nestlearn.commands.levels import levels
@@ -32,6 +33,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "levels": levels,
     "compare": compare,
     "report": report,
+    "doctor": doctor,
 }
 
 

@@ -42,7 +42,9 @@ def test_it_writes_numbers_table_and_page(finished):
         assert model["bits_per_byte"]["std"] == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
         assert model["runs"][0]["perplexity"] == pytest.approx(2 ** values[0], rel=1e-6)  # of bytes
         assert f"{model['bits_per_byte']['mean']:.4f} ± " in table
-        assert min(model["speed"].values()) > 0
+        assert all(
+            value > 0 for key, value in model["speed"].items() if key != "train_peak_bytes"
+        )  # this process holds more
         best = min(model["tuning"], key=lambda tried: tried["bits_per_byte"])
         assert model["rate"] == best["rate"]
 

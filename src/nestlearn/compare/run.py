@@ -86,8 +86,7 @@ def measure_speeds(course: Course) -> dict[str, list[dict[str, Any]]]:
     found: dict[str, list[dict[str, Any]]] = {contender.label: [] for contender in course.contenders}
     for number in range(1, ROUNDS + 1):
         for contender in course.contenders[:: 1 if number % 2 else -1]:
-            config = dataclasses.replace(contender.config, tokens=course.plan.base.tokens)
-            unit = {"config": config.to_dict(), "steps": STEPS, "decode": DECODED}
+            unit = {"config": contender.config.to_dict(), "steps": STEPS, "decode": DECODED}
             result = do_unit(SPEED, course.folder(contender, f"speed-{number}"), unit, course.launch)
             found[contender.label].append(result)
             course.say(
