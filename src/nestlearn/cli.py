@@ -1,4 +1,4 @@
-"""The command line: ``nestlearn train | eval | generate | levels | report``, each a file in `commands/`.
+"""The command line: ``nestlearn train | eval | generate | levels | report | continual``, each a file in `commands/`.
 
 Bad input ends with one line on stderr and exit code 2. Everything heavy is imported when a command needs it.
 """
@@ -17,6 +17,7 @@ from typing import Any
 import tyro
 
 from nestlearn import __version__
+from nestlearn.commands.continual import continual
 from nestlearn.commands.eval import evaluate
 from nestlearn.commands.generate import generate
 from nestlearn.commands.levels import levels
@@ -30,6 +31,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "generate": generate,
     "levels": levels,
     "report": report,
+    "continual": continual,
 }
 
 
