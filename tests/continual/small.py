@@ -14,7 +14,7 @@ WORDS = [f"w{i}" for i in range(60)]
 
 def encoder(trained: int = 2, layers: int = 3) -> Encoder:
     torch.manual_seed(0)
-    config = BertConfig(vocab_size=64, hidden_size=16, num_hidden_layers=layers, num_attention_heads=2,
+    config = BertConfig(vocab_size=64, hidden_size=32, num_hidden_layers=layers, num_attention_heads=2,
                         intermediate_size=24, max_position_embeddings=32, initializer_range=0.3)  # fmt: skip
     return Encoder(BertModel(config), tokenizer(), trained)
 
@@ -27,11 +27,11 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def rows(classes: int = 6, each: int = 8) -> list[dict[str, str]]:
-    """Texts of four to seven words, most of them their class's own ten."""
+    """Texts of four to seven words, most of them of the three of their class."""
     draw = random.Random(0)
     found = []
     for label in range(classes):
-        own = WORDS[10 * label : 10 * label + 10]
+        own = WORDS[10 * label : 10 * label + 3]
         for _ in range(each):
             text = [draw.choice(own) for _ in range(draw.randint(3, 6))] + [draw.choice(WORDS)]
             found.append({"text": " ".join(text), "label": f"class {label}"})

@@ -53,7 +53,8 @@ def test_every_method_learns_and_leaves_the_given_encoder_alone(encoder, tasks, 
     known = torch.isfinite(r)
     assert known[-1].all() and (method.joint or torch.equal(known, torch.ones(3, 3).tril().bool()))
     assert outcome.tokens > 0 or method.periods == ()
-    assert (r[-1].mean() if method.joint else r.diagonal().mean()) > 0.5
+    # chance is 1/6 for all tasks at once, and on average 11/36 for each task just after it was learned
+    assert r[-1].mean() > 0.35 if method.joint else r.diagonal().mean() > 0.5
     again = run(encoder, tasks, method, 3e-3, SETTINGS, seed=0)
     assert torch.tensor(again.accuracies).nan_to_num(-1).equal(r.nan_to_num(-1)) and again.tokens == outcome.tokens
 
