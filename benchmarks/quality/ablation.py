@@ -81,7 +81,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tune-tokens", help="of each rate; a fifth of the tokens unless given")
     parser.add_argument("--params", default="1M")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--rates", nargs="+", default=["1e-3", "2e-3", "4e-3"])
+    parser.add_argument("--rates", nargs="+", default=["2e-3", "4e-3", "8e-3"])
     parser.add_argument("--only", nargs="+", choices=list(VARIANTS))
     parser.add_argument("--slow", action="store_true", help="chunk 1 too")
     parser.add_argument("--data", type=Path, default=DATA)

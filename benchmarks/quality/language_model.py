@@ -18,8 +18,8 @@ from pathlib import Path
 
 from nestlearn.cli import main as nestlearn
 
-DATA = Path(os.environ.get("NESTLEARN_DATA", Path(__file__).parents[2] / "../shared/data"))
-MODELS = ("hope", "transformer", "retnet", "deltanet", "gated_deltanet", "titans", "ttt_mlp")
+DATA = Path(os.environ.get("NESTLEARN_DATA", "../shared/data"))  # from the root of the checkout
+MODELS = ("hope", "transformer", "retnet", "deltanet", "gated_deltanet", "titans", "ttt_mlp", "samba")
 TEXTS = ("eltec_eng_train.jsonl.xz", "eltec_eng_val.jsonl.xz")
 SETTINGS = (
     "batch_size=8",
@@ -48,7 +48,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", default=list(MODELS))
     parser.add_argument("--params", default="3M")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--rates", nargs="+", default=["1e-3", "2e-3", "4e-3"])
+    parser.add_argument("--rates", nargs="+", default=["2e-3", "4e-3", "8e-3"])
     parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--set", nargs="+", default=[], help="other settings of the comparison, as key=value")
     parser.add_argument("--out", type=Path, required=True)

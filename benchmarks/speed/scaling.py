@@ -33,7 +33,7 @@ from nestlearn.train.config import TrainConfig, parse_count
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks.quality.common import about
 
-MODELS = ("hope", "transformer", "retnet", "deltanet", "gated_deltanet", "titans", "ttt_mlp")
+MODELS = ("hope", "transformer", "retnet", "deltanet", "gated_deltanet", "titans", "ttt_mlp", "samba")
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 BYTES = 256
 

@@ -21,7 +21,13 @@ SETTINGS = (
 
 def plan(folder: Path, models=("transformer", "retnet"), overrides=SETTINGS, tokens=256, **changes) -> Plan:
     given = {"text": (str(write_text(folder / "text")),), "tokens": tokens}
-    return make_plan(models, 9_000, given, overrides=overrides, **{"seeds": 2, "tune_tokens": 64, **changes})
+    return make_plan(
+        models,
+        9_000,
+        given,
+        overrides=overrides,
+        **{"seeds": 2, "tune_tokens": 64, "rates": (1e-3, 2e-3, 4e-3), **changes},
+    )
 
 
 def in_process(module: str, folder: Path) -> int:

@@ -5,7 +5,7 @@ import pytest
 from nestlearn.compare.contenders import count, enter, known_names, split_labels, with_shape
 from nestlearn.errors import UserError
 from nestlearn.models.hf import HopeConfig, HopeForCausalLM
-from nestlearn.models.hope import MIXERS
+from nestlearn.models.hope import MIXER_NAMES
 from nestlearn.train.config import TrainConfig
 
 BASE = TrainConfig(name="base", model={"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2})
@@ -33,7 +33,7 @@ def test_names_stand_for_mixers_and_levels():
     assert [level["period"] for level in hope.levels] == [level["period"] for level in attention.levels] == steps
     assert (hope.mixer, attention.mixer) == ("self_modifying", "attention")
     assert len(transformer.levels) == len(titans.levels) == 1
-    assert titans.mixer == "titans" and set(MIXERS) <= set(known_names())
+    assert titans.mixer == "titans" and set(MIXER_NAMES) - set(known_names()) == {"self_modifying", "attention"}
 
 
 def test_settings_of_a_label_reach_its_model_alone():

@@ -103,7 +103,7 @@ def test_interrupted_between_units_it_goes_on_to_the_same_end(finished, tmp_path
 
 def test_a_unit_whose_parent_is_gone_saves_and_is_resumed_exactly(tmp_path):
     """A real process: its standard input closes, as when the parent is killed."""
-    settings = config(tmp_path, tokens=40_000, log_every=320, checkpoint_every=4_000)
+    settings = config(tmp_path, tokens=12_000, log_every=320, checkpoint_every=4_000)
     unit = {"config": settings.to_dict(), "keep": True}
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     for folder in (killed, whole):
@@ -116,7 +116,7 @@ def test_a_unit_whose_parent_is_gone_saves_and_is_resumed_exactly(tmp_path):
         time.sleep(0.02)
     child.communicate()
     assert child.returncode == STOPPED and not (killed / RESULT).exists()
-    assert 0 < int(checkpoints(killed)[-1].name.partition("-")[2]) < 40_000
+    assert 0 < int(checkpoints(killed)[-1].name.partition("-")[2]) < 12_000
     for folder in (killed, whole):
         do_unit(TRAIN, folder, unit, in_process)
     assert_same_end(killed, whole)
@@ -127,6 +127,9 @@ def test_a_unit_whose_parent_is_gone_saves_and_is_resumed_exactly(tmp_path):
 def test_a_unit_of_other_settings_is_refused(tmp_path):
     unit = {"config": config(tmp_path).to_dict(), "keep": True}
     do_unit("train_unit", tmp_path / "unit", unit, Pretended(lambda model, c: 2.0))
+    older = {"config": {k: v for k, v in unit["config"].items() if k != "held_out_per_document"}, "keep": True}
+    (tmp_path / "unit" / UNIT).write_text(json.dumps(older))  # by a version without that setting
+    assert do_unit("train_unit", tmp_path / "unit", unit, in_process)["bits_per_byte"] == 2.0
     with pytest.raises(UserError, match="not what these settings ask for"):
         do_unit("train_unit", tmp_path / "unit", unit | {"keep": False}, Pretended(lambda model, c: 2.0))
 
@@ -136,7 +139,7 @@ def test_what_a_unit_refuses_is_the_one_error(tmp_path):
     with pytest.raises(UserError, match="nowhere: no such file"):
         do_unit(TRAIN, tmp_path / "unit", {"config": missing, "keep": True}, in_process)
     with pytest.raises(UserError, match="signal 9"):
-        do_unit(TRAIN, tmp_path / "other", {"config": {}}, lambda module, folder: -9)
+        do_unit(TRAIN, tmp_path / "other", {"config": config(tmp_path).to_dict()}, lambda module, folder: -9)
     assert REFUSED != STOPPED
 
 

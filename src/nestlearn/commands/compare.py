@@ -18,7 +18,7 @@ def compare(
     held_out: Annotated[tuple[str, ...], shown("PATH …", "a part of the text")] = (),
     tokenizer: Annotated[str, shown("SPEC", "bytes")] = "bytes",
     seeds: Annotated[int, shown("N", "3")] = 3,
-    rates: Annotated[tuple[str, ...], shown("RATE,…", "1e-3,2e-3,4e-3")] = (),
+    rates: Annotated[tuple[str, ...], shown("RATE,…", "2e-3,4e-3,8e-3")] = (),
     tune_tokens: Annotated[str | None, shown("N", "a fifth of the tokens")] = None,
     out: Annotated[Path, shown("DIR", "runs/compare")] = DEFAULT_OUT,
     overrides: Annotated[tuple[str, ...], shown("KEY=VALUE …", "none", name="set")] = (),

@@ -31,11 +31,12 @@ def do_unit(module: str, folder: Path, unit: dict[str, Any], launch: Launch) -> 
 
     Raises UserError where the folder holds another unit, and KeyboardInterrupt where this one was stopped.
     """
-    from nestlearn.compare.plan import write_json
+    from nestlearn.compare.plan import filled, write_json
 
     path = folder / UNIT
     unit = json.loads(json.dumps(unit))
-    if path.exists() and json.loads(path.read_text()) != unit:
+    old = json.loads(path.read_text()) if path.exists() else unit
+    if old | {"config": filled(old["config"])} != unit:
         raise UserError(f"{path} is not what these settings ask for: name another --out, or remove {folder}")
     if not (folder / RESULT).exists():
         folder.mkdir(parents=True, exist_ok=True)

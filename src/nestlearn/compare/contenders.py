@@ -17,14 +17,13 @@ from typing import Any
 import torch
 
 from nestlearn.errors import UserError, suggest
-from nestlearn.models.hope import MIXERS
+from nestlearn.models.hope import ALIASES, CONTINUUM_MIXERS, MIXER_NAMES, mixer_name
 from nestlearn.train.build import build_model, hope_config
 from nestlearn.train.config import TrainConfig
 
 TOLERANCE = 0.02  # of the parameters asked for
 LEVEL_STEPS = (1, 4, 16)  # of the optimizer, between two steps of each of HOPE's levels; one MLP elsewhere
 _DIVISIBLE = 2520  # by any number of levels up to ten
-HOPE = {"hope": "self_modifying", "hope_attention": "attention"}
 
 
 @dataclass(frozen=True)
@@ -41,8 +40,8 @@ class Contender:
 
 
 def known_names() -> list[str]:
-    """hope and hope_attention, with three levels; transformer and every mixer, with one."""
-    return list(dict.fromkeys([*HOPE, "transformer", *MIXERS]))
+    """hope and hope_attention, with three levels; transformer and every other mixer, with one."""
+    return [*ALIASES, *(name for name in MIXER_NAMES if name not in CONTINUUM_MIXERS)]
 
 
 def split_labels(words: Iterable[str]) -> tuple[str, ...]:
@@ -87,14 +86,12 @@ def configured(label: str, base: TrainConfig) -> TrainConfig:
 
 def named_model(name: str, base: TrainConfig) -> dict[str, Any]:
     """Keyword arguments of HopeConfig: the shape of all, the mixer and the levels of this one."""
-    if name not in known_names():
-        known = known_names()
+    mixer, known = mixer_name(name), known_names()
+    if mixer not in MIXER_NAMES:
         raise UserError(f"--models names {name!r}{suggest(name, known)}: known are {', '.join(known)}")
-    model: dict[str, Any] = dict(base.model)
-    if name in HOPE:
-        return {"levels": [base.tokens_per_step * steps for steps in LEVEL_STEPS]} | model | {"mixer": HOPE[name]}
-    mixer = name if name in MIXERS else "attention"
-    return model | {"mixer": mixer, "levels": [1]}
+    if mixer not in CONTINUUM_MIXERS:
+        return base.model | {"mixer": mixer, "levels": [1]}
+    return {"levels": [base.tokens_per_step * steps for steps in LEVEL_STEPS]} | base.model | {"mixer": mixer}
 
 
 def with_shape(labels: Iterable[str], base: TrainConfig, params: int, vocab_size: int) -> TrainConfig:

@@ -20,7 +20,7 @@ from nestlearn.train.build import vocabulary
 from nestlearn.train.config import TrainConfig
 
 MODELS = ("hope", "transformer", "retnet", "deltanet", "gated_deltanet", "titans")
-RATES = (1e-3, 2e-3, 4e-3)
+RATES = (2e-3, 4e-3, 8e-3)
 TUNE_SHARE = 5  # tuning takes a fifth of the tokens unless told
 PLAN = "plan.json"
 MAY_GROW = ("models", "seeds")  # more of them leave what is there as it is
@@ -105,7 +105,7 @@ def open_folder(out: Path, plan: Plan, corpus: dict[str, str]) -> None:
         if out.exists() and (not out.is_dir() or any(child.name != "lock" for child in out.iterdir())):
             raise UserError(f"--out {out} exists and holds no comparison: name a new or empty folder")
         out.mkdir(parents=True, exist_ok=True)
-    elif changed := _difference(json.loads(path.read_text()), settings):
+    elif changed := _difference(_read(path), settings):
         raise UserError(f"--out {out} holds a comparison with {changed}: name another folder, or the same settings")
     write_json(path, settings)
 
@@ -127,6 +127,16 @@ def write_json(path: Path, value: Any) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     os.replace(partial, path)
+
+
+def filled(config: dict[str, Any]) -> dict[str, Any]:
+    """A TrainConfig that an earlier version has written, with the defaults of the settings that it did not have."""
+    return TrainConfig.from_dict(config).to_dict()
+
+
+def _read(path: Path) -> dict[str, Any]:
+    old = json.loads(path.read_text())
+    return old | {"base": filled(old["base"])}
 
 
 def _check(params: int, seeds: int, rates: tuple[float, ...]) -> None:

@@ -40,6 +40,26 @@ def add_tile(base, tile, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexp
 
 
 @triton.jit
+def load_maps(
+    w1, w2, m1, m2, a1, a2, at, anchor, d, h, ANCHORED: tl.constexpr, MOMENT: tl.constexpr,
+    D: tl.constexpr, HID: tl.constexpr,
+):  # fmt: skip
+    """A memory's weights, anchors and momenta, read anew for each part of its turn.
+
+    What a product reads lies in shared memory from its first use to its last. The barrier keeps the compiler from
+    taking two readings for one: held through the whole turn, these tiles alone would overflow a multiprocessor.
+    """
+    tl.debug_barrier()
+    s1, s2 = load_tile(w1 + at, d, h, D, HID), load_tile(w2 + at, h, d, HID, D)
+    o1, o2, n1, n2 = s1, s2, s1, s2
+    if ANCHORED:
+        o1, o2 = load_tile(a1 + anchor, d, h, D, HID), load_tile(a2 + anchor, h, d, HID, D)
+    if MOMENT:
+        n1, n2 = load_tile(m1 + at, d, h, D, HID), load_tile(m2 + at, h, d, HID, D)
+    return s1, s2, o1, o2, n1, n2
+
+
+@triton.jit
 def log_sums(d_logs, C: tl.constexpr):
     """Gradients of log γ_{t−1} and log γ_r from those of their differences.
 
@@ -244,13 +264,10 @@ def backward_kernel(
             for g in range(WRITTEN):
                 at = origin + (STATIC + g) * step + i * slot_stride
                 to = origin + (STATIC + g) * step
-                s1, s2 = load_tile(w1 + at, d, h, D, HID), load_tile(w2 + at, h, d, HID, D)
-                o1, o2, n1, n2 = s1, s2, s1, s2
-                if ANCHORED:
-                    anchor = ((STATIC + g) * heads + head).to(tl.int64) * d * h
-                    o1, o2 = load_tile(a1 + anchor, d, h, D, HID), load_tile(a2 + anchor, h, d, HID, D)
-                if MOMENT:
-                    n1, n2 = load_tile(m1 + at, d, h, D, HID), load_tile(m2 + at, h, d, HID, D)
+                anchor = ((STATIC + g) * heads + head).to(tl.int64) * d * h
+                s1, s2, o1, o2, n1, n2 = load_maps(
+                    w1, w2, m1, m2, a1, a2, at, anchor, d, h, ANCHORED, MOMENT, D, HID
+                )  # fmt: skip
                 # forward again
                 z = map_inside(key, s2, OPERANDS, PRECISION)
                 hidden, slope = silu_and_slope(z)
@@ -298,6 +315,9 @@ def backward_kernel(
                     d_kept_end -= tl.sum(tl.sum(de1 * o1, axis=1), axis=0) + tl.sum(tl.sum(de2 * o2, axis=1), axis=0)
                     do1, do2 = (1 - kept_end) * de1, (1 - kept_end) * de2
                 de1, de2 = kept_end * de1, kept_end * de2
+                s1, s2, o1, o2, n1, n2 = load_maps(
+                    w1, w2, m1, m2, a1, a2, at, anchor, d, h, ANCHORED, MOMENT, D, HID
+                )  # fmt: skip
                 # what was read
                 if g == WRITTEN - 1:
                     share_q = carry(asked, s2, o2, n2, kept, leak, ANCHORED, MOMENT, OPERANDS, PRECISION)
@@ -345,6 +365,9 @@ def backward_kernel(
                         d_leak += dleak
                         d_moment += dm
                     d_asked += dq + more
+                s1, s2, o1, o2, n1, n2 = load_maps(
+                    w1, w2, m1, m2, a1, a2, at, anchor, d, h, ANCHORED, MOMENT, D, HID
+                )  # fmt: skip
                 # the solves
                 dx, d_error, d_own, right, logs, dm = solve_back(
                     dr1, du1, hidden, error, own, gain1, updates1, inverse1, reads1, erased1, ratio, moment,
@@ -366,6 +389,9 @@ def backward_kernel(
                     df1 += dn
                     d_leak += dleak
                     d_moment += dm
+                s1, s2, o1, o2, n1, n2 = load_maps(
+                    w1, w2, m1, m2, a1, a2, at, anchor, d, h, ANCHORED, MOMENT, D, HID
+                )  # fmt: skip
                 dx, d_error2, d_own2, right, logs, dm = solve_back(
                     dr2, du2, key, error2, own, gain2, updates2, inverse2, reads2, erased2, ratio, moment,
                     MOMENT, OPERANDS, PRECISION,
@@ -386,6 +412,9 @@ def backward_kernel(
                     df2 += dn
                     d_leak += dleak
                     d_moment += dm
+                s1, s2, o1, o2, n1, n2 = load_maps(
+                    w1, w2, m1, m2, a1, a2, at, anchor, d, h, ANCHORED, MOMENT, D, HID
+                )  # fmt: skip
                 # the errors
                 d_own += d_own2
                 d_pulled = d_error2 * slope
