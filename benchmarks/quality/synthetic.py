@@ -1,0 +1,103 @@
+"""What the benchmarks of made-up tasks share: models by name, training to a stop rule, a file of results to go on from."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.quality.common import about
+from nestlearn import HopeConfig, HopeForCausalLM
+
+BASELINES: dict[str, dict[str, Any]] = {
+    "transformer": {"mixer": "attention"},
+    "retnet": {"mixer": "retnet"},
+    "deltanet": {"mixer": "deltanet"},
+    "gated_deltanet": {"mixer": "gated_deltanet"},
+    "titans": {"mixer": "titans"},
+    "ttt_mlp": {"mixer": "ttt_mlp"},
+}
+WARMUP = 20
+
+
+def make_model(settings: Mapping[str, Any], *, vocabulary: int, width: int, layers: int, seed: int) -> HopeForCausalLM:
+    """A model with one feed-forward block of twice the width in each layer."""
+    torch.manual_seed(seed)
+    shape = {"num_hidden_layers": layers, "num_attention_heads": 1, **settings}
+    return HopeForCausalLM(
+        HopeConfig(
+            vocab_size=vocabulary,
+            hidden_size=width,
+            intermediate_size=2 * width,
+            levels=[1],
+            initializer_range=width**-0.5,
+            **shape,
+        )
+    )
+
+
+def train(
+    model: torch.nn.Module,
+    loss_of: Callable[[], Tensor],
+    solved: Callable[[], bool],
+    *,
+    rate: float,
+    steps: int,
+    enough: float,
+    every: int = 25,
+) -> dict[str, Any]:
+    """AdamW with warm-up, then a constant rate; until the mean loss of ``every`` steps is below ``enough`` nats and
+    ``solved()``, at most ``steps`` steps. Returns what happened."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0)
+    losses: list[float] = []
+    begin, cpu, mean = time.perf_counter(), time.process_time(), float("inf")
+    while len(losses) < steps:
+        optimizer.param_groups[0]["lr"] = rate * min(1.0, (len(losses) + 1) / WARMUP)
+        loss = loss_of()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+        if len(losses) % every == 0:
+            mean = sum(losses[-every:]) / every
+            if mean != mean or (mean < enough and solved()):
+                break
+    return {
+        "steps": len(losses),
+        "loss": mean,
+        "seconds": round(time.perf_counter() - begin, 1),
+        "cpu seconds": round(time.process_time() - cpu, 1),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "curve": [round(sum(losses[i : i + every]) / every, 5) for i in range(0, len(losses), every)],
+    }
+
+
+class Results:
+    """Runs in a JSON file, each written when it is done, so that a broken-off benchmark goes on where it was."""
+
+    def __init__(self, path: Path | None, settings: Mapping[str, Any]) -> None:
+        self.path, self.settings, self.runs = path, dict(settings), list[dict[str, Any]]()
+        if path is not None and path.exists():
+            kept = json.loads(path.read_text())
+            if kept["settings"] != json.loads(json.dumps(self.settings)):
+                raise SystemExit(f"{path} has other settings than this command: name another file, or the same settings")
+            self.runs = kept["runs"]
+
+    def has(self, key: Mapping[str, Any]) -> bool:
+        return any(all(run[name] == value for name, value in key.items()) for run in self.runs)
+
+    def add(self, run: Mapping[str, Any]) -> None:
+        self.runs.append({**run, "commit": about()["commit"]})
+        if self.path is not None:
+            self.path.write_text(json.dumps({**about(), "settings": self.settings, "runs": self.runs}) + "\n")
+
+    def best(self, **key: Any) -> dict[str, Any] | None:
+        """Of the runs with these values the one with the best validation accuracy, then the lowest training loss."""
+        runs = [run for run in self.runs if all(run[name] == value for name, value in key.items())]
+        return max(runs, key=lambda run: (run["validation"], -run["loss"]), default=None)
