@@ -17,6 +17,8 @@ CASES = [
     {"momentum": 0.0, "chunk": 8, "memory_chunk": 4},
     {"momentum": 0.6, "chunk": 8, "memory_chunk": 2, "retain_to": "initial"},
     {"momentum": 0.0, "chunk": 8, "memory_chunk": 8, "retain_to": "initial", "adaptive": ("k", "q")},
+    {"momentum": 0.6, "chunk": 8, "memory_chunk": 8, "retain_to": "initial"},
+    {"momentum": 0.6, "chunk": 8, "memory_chunk": 8, "retention": False, "adaptive": ("v",)},
     {"momentum": 0.6, "chunk": 8, "memory_chunk": 4, "dgd": False},
     {"momentum": 0.6, "chunk": 8, "memory_chunk": 1, "retention": False, "adaptive": ()},
 ]

@@ -27,7 +27,10 @@ from nestlearn.memory.config import Part, SelfModifyingConfig
 from nestlearn.memory.deep import Fast, InitialWeights, Weights, deep_chunk, deep_forward, own_target, select
 from nestlearn.memory.stream import FastState, run_stream
 from nestlearn.ops.dgd_chunk import chunk_decays
+from nestlearn.ops.inner_chunk import LoopSpec
+from nestlearn.ops.inner_loop import LoopInputs, LoopState, LoopTrained
 from nestlearn.ops.pointwise import l2norm
+from nestlearn.ops.registry import Loop, Task, loop_for
 from nestlearn.ops.scan import Tensors
 
 _LOG_FLOOR = -30.0  # log α is kept above this: e⁻³⁰ of a write is nothing, and sums of logs keep their precision
@@ -204,6 +207,7 @@ class SelfModifyingMemory(nn.Module):
         scales = torch.stack([self.rate_scale[n] for n in c.written]).abs()
         reads = (self.rate_read.weight, self.rate_read.bias, self.retain_read.weight, self.retain_read.bias)
         mix = (torch.stack([self.mix[n].logits for n in c.written]).sigmoid(),) if self.mix else ()  # pyright: ignore
+        loop = loop_for(self._task(x), quiet=not c.recompute)
         periods = torch.tensor([c.chunk] * (len(c.names) - 1) + [c.memory_length], device=x.device)
         y, state = run_stream(
             partial(self._step, record=record),
@@ -214,8 +218,29 @@ class SelfModifyingMemory(nn.Module):
             chunk=c.chunk,
             fresh=state is None,
             recompute=c.recompute and record is None,
+            loop=None if loop is None or record is not None else partial(self._loop, loop),
         )
         return y.transpose(1, 2).to(x.dtype), state
+
+    def _task(self, x: Tensor) -> Task:
+        """What the registry of implementations needs to know."""
+        c, dtype = self.config, inner_dtype(x.dtype)
+        only_steps = (
+            loop_limit(c) if c.recompute else "recompute is False, which asks for the path with all derivatives"
+        )
+        operands = x.dtype if x.dtype == torch.bfloat16 else dtype
+        return Task(x.device, dtype, operands, c.head_width, c.hidden_width, c.chunk, only_steps)
+
+    def _loop(self, run: Loop, live: Fast, inputs: Tensors, constants: Tensors) -> tuple[Tensor, Fast]:
+        """All chunks from a boundary on, in one function."""
+        c, trained = self.config, Trained(*constants)
+        spec = LoopSpec(
+            c.names, len(c.written), c.chunk, c.momentum, c.rate_max, c.target_norm == "l2", c.retain_to == "initial",
+            c.retention,
+        )  # fmt: skip
+        mix = torch.ones_like(trained.scales) if c.objective == "l2" else trained.mix
+        y, end = run(LoopInputs(*inputs), LoopState(*live), LoopTrained(*trained[:-1], mix), spec)
+        return y, Fast(*end)
 
     def _read_constant(self, x: Tensor, query: Tensor, state: FastState) -> tuple[Tensor, FastState]:
         """A memory that can never change is one product: y = M_memory(q), only the count of tokens moves."""
@@ -327,6 +352,15 @@ class SelfModifyingMemory(nn.Module):
             if reads is not None:
                 done.reads.append(reads)
         return done
+
+
+def loop_limit(config: SelfModifyingConfig) -> str | None:
+    """Why the one-function loop cannot run this configuration, which then goes chunk by chunk; None if it can."""
+    if config.memory_length != config.chunk:
+        return f"memory_chunk is {config.memory_chunk}, the loop wants one chunk for all memories ({config.chunk})"
+    if not config.dgd:
+        return "dgd is False, the loop always writes with the gain x xᵀ term"
+    return "detach_writes is True, the loop has no stop-gradient" if config.detach_writes else None
 
 
 def inner_dtype(dtype: torch.dtype) -> torch.dtype:

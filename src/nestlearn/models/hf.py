@@ -24,6 +24,7 @@ from nestlearn.models.config import HopeConfig
 from nestlearn.models.continuum import Continuum
 from nestlearn.models.describe import LevelRow, level_table
 from nestlearn.models.hope import HopeBackbone, HopeState
+from nestlearn.models.mamba2 import Mamba2Layer
 from nestlearn.models.memory_layer import CausalConv
 from nestlearn.models.mlp import RMSNorm
 from nestlearn.models.padding import real_spans, run_unpadded
@@ -119,6 +120,8 @@ class HopePreTrainedModel(PreTrainedModel):
             module.reset_parameters()
         elif isinstance(module, WindowAttention):
             module.reset_persistent()
+        elif isinstance(module, Mamba2Layer):
+            module.reset_own_parameters()
         elif isinstance(module, CausalConv | DecayGate | Mix | ReadOut):
             _reset_what_is_not_loaded(module)
         elif isinstance(module, nn.ParameterDict):
