@@ -3,8 +3,8 @@
     python benchmarks/quality/formal_languages.py --out benchmarks/results/formal-languages.json
     python benchmarks/quality/formal_languages.py --models hope --languages parity --rates 3e-3 --seeds 1
 
-Strings and targets are described in `nestlearn/eval/synthetic/languages.py`; ``--data`` reads them from files instead of
-making them. A target is a set of symbols: the model's logits are as many yes-or-no questions (binary cross-entropy).
+Strings and targets are described in `nestlearn/eval/synthetic/languages.py`; ``--data`` reads them from files instead.
+A target is a set of symbols: the model's logits are as many yes-or-no questions (binary cross-entropy).
 A string counts as right only if every answer after each of its symbols is right.
 
 Every model is trained at every learning rate of one grid until the training loss is below 1e-4 nats and all validation
@@ -31,8 +31,8 @@ from benchmarks.quality.synthetic import BASELINES, Results, make_model, train
 from nestlearn import HopeForCausalLM
 from nestlearn.eval.synthetic import LANGUAGES, Example, encode, generate_language, read_language
 
-# A sign that flips needs the transition α − (1 + λ) gain to come close to −1 (objective "mix", λ near 1), with gradients
-# that are not stale (memory_chunk 1), and features that are large, so that one write turns w1 around without erasing w2.
+# A sign that flips needs the transition α − (1 + λ) gain ‖x‖² to come close to −1: objective "mix", λ near 1, gradients
+# that are not stale (memory_chunk 1), and large features, so that one write turns w1 around without erasing w2.
 HOPE_MEMORY: dict[str, Any] = {
     "chunk": 64,
     "memory_chunk": 1,
@@ -49,7 +49,7 @@ Batch = tuple[Tensor, Tensor, Tensor]
 
 
 def batch_of(name: str, examples: Sequence[Example]) -> Batch:
-    """ids (B, T), right answers (B, T, answers) and which places are real (B, T); short strings are filled up behind."""
+    """ids (B, T), right answers (B, T, answers) and which places are real (B, T); short strings are filled up."""
     rows = [encode(name, example) for example in examples]
     longest = max(len(ids) for ids, _ in rows)
     ids = torch.zeros(len(rows), longest, dtype=torch.long)

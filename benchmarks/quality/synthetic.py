@@ -1,8 +1,9 @@
-"""What the benchmarks of made-up tasks share: models by name, training to a stop rule, a file of results to go on from."""
+"""What the benchmarks of made-up tasks share: models by name, training to a stop rule, results to go on from."""
 
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ from benchmarks.quality.common import about
 from nestlearn import HopeConfig, HopeForCausalLM
 
 BASELINES: dict[str, dict[str, Any]] = {
-    "transformer": {"mixer": "attention"},
+    "transformer": {"mixer": "transformer"},
     "retnet": {"mixer": "retnet"},
     "deltanet": {"mixer": "deltanet"},
     "gated_deltanet": {"mixer": "gated_deltanet"},
@@ -51,13 +52,13 @@ def train(
     enough: float,
     every: int = 25,
 ) -> dict[str, Any]:
-    """AdamW with warm-up, then a constant rate; until the mean loss of ``every`` steps is below ``enough`` nats and
-    ``solved()``, at most ``steps`` steps. Returns what happened."""
+    """AdamW, the rate warmed up and then falling to zero along a cosine; until the mean loss of ``every`` steps is
+    below ``enough`` nats and ``solved()``, at most ``steps`` steps. Returns what happened."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0)
     losses: list[float] = []
     begin, cpu, mean = time.perf_counter(), time.process_time(), float("inf")
     while len(losses) < steps:
-        optimizer.param_groups[0]["lr"] = rate * min(1.0, (len(losses) + 1) / WARMUP)
+        optimizer.param_groups[0]["lr"] = rate * pace(len(losses), steps)
         loss = loss_of()
         optimizer.zero_grad()
         loss.backward()
@@ -78,6 +79,11 @@ def train(
     }
 
 
+def pace(step: int, steps: int) -> float:
+    """Share of the learning rate: up over `WARMUP` steps, then half a cosine down."""
+    return min((step + 1) / WARMUP, 0.5 + 0.5 * math.cos(math.pi * step / steps))
+
+
 class Results:
     """Runs in a JSON file, each written when it is done, so that a broken-off benchmark goes on where it was."""
 
@@ -86,7 +92,9 @@ class Results:
         if path is not None and path.exists():
             kept = json.loads(path.read_text())
             if kept["settings"] != json.loads(json.dumps(self.settings)):
-                raise SystemExit(f"{path} has other settings than this command: name another file, or the same settings")
+                raise SystemExit(
+                    f"{path} has other settings than this command: name another file, or the same settings"
+                )
             self.runs = kept["runs"]
 
     def has(self, key: Mapping[str, Any]) -> bool:

@@ -1,6 +1,6 @@
 """MAD, the small tasks of Poli et al. (arXiv 2403.17844), and MQAR (Zoology, arXiv 2312.04927), at their defaults.
 
-    in-context-recall         k v k v …, k from 8 keys, v from 8 values, one v for a k in a sequence: v where k came before
+    in-context-recall         k v k v …, k of 8 keys, v of 8 values, one v for a k in a sequence: v where k came before
     noisy-in-context-recall   the same; a fifth of the pairs are two tokens of noise
     fuzzy-in-context-recall   keys and values are 1 to 3 tokens long; tests ask for keys of 3 tokens
     selective-copying         16 tokens among blanks, a mark, then 16 blanks: the tokens, in order
@@ -125,7 +125,13 @@ def memorization(rng: np.random.Generator, count: int, training: bool, *, facts_
 
 
 def mqar(
-    rng: np.random.Generator, count: int, *, vocabulary: int = 8192, length: int = 64, pairs: int = 8, power: float = 0.01
+    rng: np.random.Generator,
+    count: int,
+    *,
+    vocabulary: int = 8192,
+    length: int = 64,
+    pairs: int = 8,
+    power: float = 0.01,
 ) -> Pair:
     """Zoology's recall: gaps before a key comes again follow a power law, so that most are short.
 
