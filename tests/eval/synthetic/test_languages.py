@@ -112,7 +112,7 @@ def test_the_comparison_notices_other_distributions(made):
     assert same_distribution([rng.randint(2, 50) for _ in lengths], lengths) < LEAST
     assert same_distribution([n + (rng.random() < 0.1) for n in lengths], lengths) < LEAST
     pairs, given = ([pair(e, rng) for e in examples] for examples in (made["parity"]["train"], theirs))
-    assert same_distribution([p.replace("0", "1", rng.random() < 0.05) for p in pairs], given) < LEAST
+    assert same_distribution([p.replace("0", "1", rng.random() < 0.2) for p in pairs], given) < LEAST
 
 
 def test_errors_say_what_to_do(tmp_path):
