@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +26,21 @@ BASELINES: dict[str, dict[str, Any]] = {
 WARMUP = 20
 
 
-def make_model(settings: Mapping[str, Any], *, vocabulary: int, width: int, layers: int, seed: int) -> HopeForCausalLM:
+def make_model(
+    settings: Mapping[str, Any], *, vocabulary: int, width: int, layers: int, heads: int, seed: int
+) -> HopeForCausalLM:
     """A model with one feed-forward block of twice the width in each layer."""
     torch.manual_seed(seed)
-    shape = {"num_hidden_layers": layers, "num_attention_heads": 1, **settings}
     return HopeForCausalLM(
         HopeConfig(
             vocab_size=vocabulary,
             hidden_size=width,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
             intermediate_size=2 * width,
             levels=[1],
             initializer_range=width**-0.5,
-            **shape,
+            **settings,
         )
     )
 
@@ -97,11 +100,18 @@ class Results:
                 )
             self.runs = kept["runs"]
 
-    def has(self, key: Mapping[str, Any]) -> bool:
-        return any(all(run[name] == value for name, value in key.items()) for run in self.runs)
+    def once(self, key: Mapping[str, Any], run: Callable[[], Mapping[str, Any]]) -> None:
+        """Run and keep what it returns, unless a run of this key is here already."""
+        if any(all(kept[name] == value for name, value in key.items()) for kept in self.runs):
+            return
+        result = {**key, **run(), "commit": about()["commit"]}
+        self.runs.append(result)
+        self.write()
+        shown = " ".join(f"{n} {v:.4g}" if isinstance(v, float | int) else v for n, v in result.items() if n != "curve")
+        print(shown, flush=True)
 
-    def add(self, run: Mapping[str, Any]) -> None:
-        self.runs.append({**run, "commit": about()["commit"]})
+    def write(self) -> None:
+        """All runs, with the command that asked for them last."""
         if self.path is not None:
             self.path.write_text(json.dumps({**about(), "settings": self.settings, "runs": self.runs}) + "\n")
 
@@ -109,3 +119,32 @@ class Results:
         """Of the runs with these values the one with the best validation accuracy, then the lowest training loss."""
         runs = [run for run in self.runs if all(run[name] == value for name, value in key.items())]
         return max(runs, key=lambda run: (run["validation"], -run["loss"]), default=None)
+
+
+def table(cells: Mapping[str, Sequence[float]], columns: Sequence[str]) -> str:
+    """Accuracies in %, a line for each model."""
+    lines = ["| model | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    lines += [f"| {model} | " + " | ".join(f"{100 * a:.1f}" for a in row) + " |" for model, row in cells.items()]
+    return "\n".join(lines)
+
+
+def draw(path: Path, cells: Mapping[str, Sequence[float]], columns: Sequence[str], title: str) -> None:
+    """A map of accuracies, models down, columns across, as SVG or PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(1.1 * len(columns) + 2.2, 0.42 * len(cells) + 1.6))
+    axes.imshow([list(row) for row in cells.values()], vmin=0, vmax=1, cmap="cividis", aspect="auto")
+    axes.set_xticks(range(len(columns)), columns, rotation=25, ha="right")
+    axes.set_yticks(range(len(cells)), list(cells))
+    for y, row in enumerate(cells.values()):
+        for x, value in enumerate(row):
+            if value == value:
+                axes.text(
+                    x, y, f"{100 * value:.0f}", ha="center", va="center", color="white" if value < 0.6 else "black"
+                )
+    axes.set_title(f"{title}, %")
+    figure.savefig(path, bbox_inches="tight")
+    pyplot.close(figure)
