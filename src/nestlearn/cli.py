@@ -18,6 +18,7 @@ import tyro
 
 from nestlearn import __version__
 from nestlearn.commands.compare import compare
+from nestlearn.commands.continual import continual
 from nestlearn.commands.doctor import doctor
 from nestlearn.commands.eval import evaluate
 from nestlearn.commands.generate import generate
@@ -33,6 +34,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "levels": levels,
     "compare": compare,
     "report": report,
+    "continual": continual,
     "doctor": doctor,
 }
 

@@ -155,6 +155,14 @@ def test_each_level_steps_on_its_own_period(name, by):
     assert rest and all(torch.equal(start[own], weights(model)[own]) for own in rest)
 
 
+def test_shares_say_how_many_blocks_a_level_gets(tmp_path):
+    model = stack_levels(build("llama"), [16, math.inf], shares=[1, 3])
+    model.save_pretrained(tmp_path)
+    for one in (model, load_stacked(hf.LlamaForCausalLM, tmp_path)):
+        fast, frozen = stacked_levels(one).values()
+        assert {name.split(".")[2] for name in fast} == {"3"} and {name.split(".")[2] for name in frozen} == {*"012"}
+
+
 def test_the_head_of_a_classifier_learns_at_every_step_and_the_rest_if_asked_to():
     periods = stack_levels(build("bert"), PERIODS).parameter_periods()
     assert periods["classifier.weight"] == 1 and periods["bert.embeddings.word_embeddings.weight"] == math.inf
@@ -226,6 +234,9 @@ def test_models_without_known_mlps_and_bad_settings_are_refused():
         ({"periods": [1, 2, 3, 4, 5]}, "has 4 MLP blocks, fewer than the 5 levels"),
         ({"periods": [8, 4]}, "fastest"),
         ({"rest": 0}, "at least 1 token"),
+        ({"periods": [4, 8], "shares": [1, 2]}, "sum to the model's 4 MLP blocks"),
+        ({"periods": [4, 8], "shares": [4, 0]}, "at least 1"),
+        ({"periods": [4, 8], "shares": [2, 2], "by": "chain"}, "every level in every block"),
     ]
     for arguments, message in refused:
         with pytest.raises(UserError, match=message):

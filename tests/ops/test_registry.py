@@ -1,4 +1,4 @@
-"""The registry says what runs and why; a forced implementation that cannot run is an error; nothing falls back in silence."""
+"""The registry says what runs and why; a forced one that cannot run is an error; nothing is silent."""
 
 import warnings
 
@@ -32,8 +32,10 @@ def test_cpu_runs_the_torch_version_without_a_word():
     assert choose(task()).why == "first choice on cpu"
 
 
-def test_gpu_runs_triton_within_its_limits():
+def test_gpu_runs_triton_within_its_limits_once_that_is_the_first_choice(monkeypatch):
     pytest.importorskip("triton")
+    assert choose(task(GPU)).name == "torch"
+    monkeypatch.setattr(registry, "TRITON_FIRST", True)
     assert choose(task(GPU)).name == "triton"
 
 
@@ -46,8 +48,9 @@ def test_gpu_runs_triton_within_its_limits():
         ({"dtype": torch.float64}, "no float64"),
     ],
 )
-def test_a_limit_is_named_once_with_what_runs_instead(given, words):
+def test_a_limit_is_named_once_with_what_runs_instead(given, words, monkeypatch):
     pytest.importorskip("triton")
+    monkeypatch.setattr(registry, "TRITON_FIRST", True)
     with pytest.warns(UserWarning, match=words) as said:
         assert loop_for(task(GPU, **given)) is inner_loop
     assert "runs as 'torch'" in str(said[0].message)

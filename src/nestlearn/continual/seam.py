@@ -3,8 +3,8 @@
     y = module(x)  →  x (W + Σ_levels D)ᵀ + b          in this forward, and in this thread, only
 
 `attach` puts a function before a module's own ``forward``. It holds nothing: what is active is either set around a
-forward (`active`), or travels in the cache: a model that is given an `AdaptedCache` reads with the deltas in it, through
-any code that calls it, ``generate()`` included. A module that no active delta names runs its own forward, bit for bit.
+forward (`active`), or travels in the cache: a model that is given an `AdaptedCache` reads with the deltas in it, by any
+code that calls it, ``generate()`` included. A module that no active delta names runs its own forward, bit for bit.
 The sum W + D is made once for a segment, so that a stream costs what the model costs; weights in half precision or
 quantised, where a small D would be lost in the sum, run their own forward and add x Dᵀ.
 """
@@ -210,5 +210,6 @@ def _outer(pairs: list[tuple[Tensor, Tensor]], grads: list[Tensor | None], rows:
     wide = torch.promote_types(pairs[0][0].dtype, torch.float32)
     xs = [x.reshape(rows, -1, x.shape[-1]) for x, _ in pairs]
     gs = [torch.zeros_like(y) if g is None else g for (_, y), g in zip(pairs, grads, strict=True)]
-    left = torch.cat([g.reshape(rows, -1, g.shape[-1]) for g in gs], dim=1)
-    return Delta.outer(left.to(wide), torch.cat(xs, dim=1).to(wide))
+    ls = [g.reshape(rows, -1, g.shape[-1]) for g in gs]
+    left, right = (ts[0] if len(ts) == 1 else torch.cat(ts, dim=1) for ts in (ls, xs))
+    return Delta.outer(left.to(wide), right.to(wide))

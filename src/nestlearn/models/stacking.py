@@ -15,7 +15,8 @@ The levels stand in ``model.config.nested_levels``, so that ``save_pretrained`` 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from types import MethodType
 from typing import Any, TypeVar, cast
@@ -42,6 +43,7 @@ def stack_levels(
     by: str = "depth",
     *,
     rest: float = math.inf,
+    shares: Sequence[int] | None = None,
 ) -> Model:
     """Gives the MLP blocks of a Hugging Face model levels; returns the model itself, changed in place.
 
@@ -49,6 +51,8 @@ def stack_levels(
     by       "depth" or "chain", as above
     rest     period of everything outside the MLP blocks, tokens; inf: the levels are all that learns. The head of a
              classifier, which no pretrained model brings, has the period 1
+
+    shares   by depth only: how many MLP blocks each level gets, fastest first, their sum all blocks; None: equal shares
 
     A parameter that does not require a gradient never changes, whatever its level. Stack after adapters (PEFT) are put
     in, as these freeze what they find. Raises UserError for a model without MLP blocks that are known, with fewer
@@ -61,11 +65,15 @@ def stack_levels(
     levels = parse_levels(periods)
     outside = Level("rest", rest).period
     blocks = find_mlps(model)
+    settings: dict[str, Any] = {"by": by, "levels": [level.to_dict() for level in levels], "rest": _plain(outside)}
     if by == "depth":
-        _deal(blocks, levels)
-    else:
+        settings["shares"] = _shares(len(blocks), len(levels), shares)
+    elif shares is None:
         _chain(blocks, levels)
-    settings = {"by": by, "levels": [level.to_dict() for level in levels], "rest": _plain(outside)}
+    else:
+        raise UserError(
+            f'shares is {list(shares)}: a chain has every level in every block, leave it out or use by="depth"'
+        )
     setattr(_config(model), _KEY, settings)
     cast(Any, model).parameter_periods = MethodType(_periods, model)
     cast(Any, model).parameter_lr_scales = MethodType(_lr_scales, model)
@@ -102,7 +110,7 @@ def load_stacked(model_class: Any, folder: str | Path) -> Any:
     build = getattr(model_class, "from_config", None) or model_class._from_config
     delattr(config, _KEY)
     model = build(config, dtype=config.dtype or torch.float32)
-    stack_levels(model, settings["levels"], settings["by"], rest=settings["rest"])
+    stack_levels(model, settings["levels"], settings["by"], rest=settings["rest"], shares=settings.get("shares"))
     weights: dict[str, torch.Tensor] = {}
     for file in sorted(Path(folder).glob("*.safetensors")):
         weights |= load_file(file)
@@ -117,19 +125,29 @@ def stacked_levels(model: nn.Module) -> dict[Level, list[str]]:
     levels = parse_levels(settings["levels"])
     if settings["by"] == "depth":
         return {level: [name for block in own for name in block.parameter_names()]
-                for level, own in zip(levels, _deal(blocks, levels), strict=True)}  # fmt: skip
+                for level, own in zip(levels, _deal(blocks, settings["shares"]), strict=True)}  # fmt: skip
     names = [name for block in blocks for name in block.parameter_names()]
     return {level: [name for name in names if f".deltas.{level.name}." in name] for level in levels}
 
 
-def _deal(blocks: list[MLPBlock], levels: tuple[Level, ...]) -> list[list[MLPBlock]]:
-    """The blocks of each level, fastest first: equal shares from the output down, what is over to the slowest."""
-    count, n = len(blocks), len(levels)
-    if count < n:
-        raise UserError(f"the model has {count} MLP blocks, fewer than the {n} levels: give at most {count} periods")
-    shares = [count // n + (i >= n - count % n) for i in range(n)]
-    ends = [count - sum(shares[:i]) for i in range(n + 1)]
-    return [blocks[ends[i + 1] : ends[i]] for i in range(n)]
+def _shares(count: int, levels: int, shares: Sequence[int] | None) -> list[int]:
+    """How many of ``count`` blocks each level gets: equal shares, what is over to the slowest, unless given."""
+    if shares is None:
+        if count < levels:
+            raise UserError(f"the model has {count} MLP blocks, fewer than the {levels} levels: give at most {count}")
+        return [count // levels + (i >= levels - count % levels) for i in range(levels)]
+    if len(shares) != levels or sum(shares) != count or min(shares) < 1:
+        raise UserError(
+            f"shares is {list(shares)}: must be {levels} whole numbers, one for each level, at least 1, that sum to "
+            f"the model's {count} MLP blocks"
+        )
+    return list(shares)
+
+
+def _deal(blocks: list[MLPBlock], shares: Sequence[int]) -> list[list[MLPBlock]]:
+    """The blocks of each level, fastest first: from the output down."""
+    ends = [len(blocks) - sum(shares[:i]) for i in range(len(shares) + 1)]
+    return [blocks[low:high] for high, low in pairwise(ends)]
 
 
 def _chain(blocks: list[MLPBlock], levels: tuple[Level, ...]) -> None:
@@ -146,7 +164,7 @@ def _chain(blocks: list[MLPBlock], levels: tuple[Level, ...]) -> None:
 
 def _periods(model: nn.Module) -> dict[str, float]:
     """Period in tokens of every parameter (`parameter_groups` and `Leveled` read it)."""
-    rest, heads = _plain_number(_settings(model)["rest"]), _class_heads(model)
+    rest, heads = float(_settings(model)["rest"]), _class_heads(model)
     table = {name: 1.0 if id(p) in heads else rest for name, p in model.named_parameters()}
     if _settings(model)["by"] == "chain":
         table |= dict.fromkeys((name for block in find_mlps(model) for name in block.parameter_names()), math.inf)
@@ -197,7 +215,3 @@ def _refuse_other_weights(folder: str | Path, names: list[str]) -> None:
 
 def _plain(period: float) -> float | str:
     return "inf" if period == math.inf else int(period)
-
-
-def _plain_number(period: float | str) -> float:
-    return float(period)

@@ -1,11 +1,12 @@
 """Which implementation of the inner loop runs, and why.
 
     reference  chunk by chunk, differentiated by autograd (`dgd_chunk.py`): everything, higher derivatives too
-    torch      all chunks as one function with a backward pass by hand (`inner_loop.py`): any device, float32 and float64
+    torch      all chunks as one function with a backward pass by hand (`inner_loop.py`): any device, float32, float64
     triton     the same as two GPU kernels (`kernels/`): on CPU only in Triton's interpreter, to test them
 
-The first of triton, torch, reference that can run what is asked runs on a GPU, the first of torch, reference on CPU;
-NESTLEARN_KERNELS forces one, and it is an error if that one cannot.
+The first of torch, reference that can run what is asked is used; NESTLEARN_KERNELS forces one, and it is an error if
+that one cannot. Triton is to be the first choice on GPUs (TRITON_FIRST) once its checks in benchmarks/gpu.py have
+passed on one; so far the kernels have run in the interpreter only, so there they must be asked for.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ NAMES = ("reference", "torch", "triton")
 VARIABLE = "NESTLEARN_KERNELS"
 # What the Triton kernels are written for: tiles of one head must find room in one multiprocessor.
 TRITON_LIMITS = {"head_width": 128, "hidden_width": 256, "chunk": 128}
+TRITON_FIRST = False
 
 Loop = Callable[[LoopInputs, LoopState, LoopTrained, LoopSpec], tuple[Tensor, LoopState]]
 
@@ -95,7 +97,7 @@ def forcing(name: str) -> Iterator[None]:
 
 def preferred(device: torch.device) -> tuple[str, ...]:
     """In the order they are tried."""
-    return ("triton", "torch", "reference") if device.type == "cuda" else ("torch", "reference")
+    return ("triton", "torch", "reference") if TRITON_FIRST and device.type == "cuda" else ("torch", "reference")
 
 
 def limit_of(name: str, task: Task) -> str | None:
