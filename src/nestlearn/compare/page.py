@@ -171,7 +171,8 @@ def _css(index: int) -> str:
 def _colours() -> str:
     light = " ".join(f".c-{i} {{ --colour: {colour}; }}" for i, (colour, _) in enumerate(COLOURS))
     dark = " ".join(f".c-{i} {{ --colour: {colour}; }}" for i, (_, colour) in enumerate(COLOURS))
-    return f"{light} @media (prefers-color-scheme: dark) {{ {dark} }} .chart {{ max-width: none; }} th.number {{ text-align: right; }}"
+    layout = ".chart { max-width: none; } th.number { text-align: right; }"
+    return f"{light} @media (prefers-color-scheme: dark) {{ {dark} }} {layout}"
 
 
 def _asset(name: str) -> str:
