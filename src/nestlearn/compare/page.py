@@ -85,7 +85,8 @@ def _section(title: str, lede: str, body: str) -> str:
 
 
 def _table(results: Mapping[str, Any]) -> str:
-    head = "".join(f"<th>{escape(name)}</th>" for name in COLUMNS)
+    names = (f'<th class="number">{escape(name)}</th>' for name in COLUMNS[1:])
+    head = f"<th>{escape(COLUMNS[0])}</th>{''.join(names)}"
     body = "".join(f"<tr>{_cells(cells)}</tr>" for cells in rows(results))
     seeds = results["models"][0]["bits_per_byte"]["seeds"]
     lede = (
@@ -170,7 +171,8 @@ def _css(index: int) -> str:
 def _colours() -> str:
     light = " ".join(f".c-{i} {{ --colour: {colour}; }}" for i, (colour, _) in enumerate(COLOURS))
     dark = " ".join(f".c-{i} {{ --colour: {colour}; }}" for i, (_, colour) in enumerate(COLOURS))
-    return f"{light} @media (prefers-color-scheme: dark) {{ {dark} }} .chart {{ max-width: none; }}"
+    layout = ".chart { max-width: none; } th.number { text-align: right; }"
+    return f"{light} @media (prefers-color-scheme: dark) {{ {dark} }} {layout}"
 
 
 def _asset(name: str) -> str:
