@@ -21,6 +21,8 @@ _BASELINES = {  # component, inner objective and rule of the mixers with one mem
     "mamba2": ("state space", "−⟨S k, v⟩", "Hebbian rule, selective retention"),
 }
 
+_MEMORY_OBJECTIVES = {"dot": "−⟨M(k), v̂⟩", "l2": "½‖M(k) − v̂‖²", "mix": "½ λ ‖M(k)‖² − ⟨M(k), v̂⟩"}
+
 
 class LevelRow(NamedTuple):
     """One line of the table of levels: what changes, how often (tokens), by which objective, from which context."""
@@ -74,7 +76,7 @@ def _attention_row(context: str) -> LevelRow:
 
 def _memory_rows(backbone: HopeBackbone) -> list[LevelRow]:
     c = backbone.shape.memory
-    objective = "−⟨M(k), v̂⟩" if c.objective == "dot" else "½‖M(k) − v̂‖²"
+    objective = _MEMORY_OBJECTIVES[c.objective]
     rule = ("DGD" if c.dgd else "gradient descent") + (f", momentum {c.momentum}" if c.momentum else "")
     mixers = [block.mixer for block in backbone.layers if isinstance(block.mixer, SelfModifyingLayer)]
     rows = []
