@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -15,6 +17,10 @@ from nestlearn.models.baselines import DeltaNetLayer, GatedDeltaNetLayer, RetNet
 from tests.oracles import linear_attention as oracle
 from tests.oracles import titans as titans_oracle
 
+pure_torch = pytest.mark.skipif(
+    importlib.util.find_spec("fla") is not None and not torch.cuda.is_available(),
+    reason="transformers takes flash-linear-attention's kernels where it is installed, which need a GPU",
+)
 BATCH, TOKENS, HEADS, WIDTH = 2, 37, 4, 32
 HEAD, THETA, EPS = WIDTH // HEADS, 500.0, 1e-6
 
@@ -142,6 +148,7 @@ def test_titans_stays_bounded_on_a_constant_stream_at_its_largest_rate(bias):
     assert max(state.memory.w1.abs().max(), state.memory.w2.abs().max()) < 10
 
 
+@pure_torch
 @torch.no_grad()
 @pytest.mark.parametrize("rule", ["delta", "gated_delta"])
 @pytest.mark.parametrize("theirs", [qwen.torch_chunk_gated_delta_rule, qwen.torch_recurrent_gated_delta_rule])
@@ -158,6 +165,7 @@ def test_the_memory_is_qwens_gated_delta_rule(rule, theirs):
         assert (y - expected).abs().max() <= 1e-5 and (state.weight - full.mT).abs().max() <= 1e-5
 
 
+@pure_torch
 @torch.no_grad()
 def test_the_layer_is_qwens_gated_deltanet():
     config = Qwen3NextConfig(
