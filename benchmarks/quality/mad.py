@@ -6,7 +6,8 @@
 The tasks are described in `nestlearn/eval/synthetic/mad.py`; ``--data`` reads their test sequences from files where the
 folder holds them (all but memorization, whose facts are those of the training sequences). As in MAD a model has two
 layers, and training walks over 12,800 sequences (256 for memorization) in a new order each time; unlike there it is
-short, and the models are narrow: see --steps, --batch and --width. For compression the last state alone is decoded, by
+short, and the models are narrow: see --steps, --batch and --width. All have as many parameters as HOPE (the feed-forward
+blocks of the others are wider). For compression the last state alone is decoded, by
 MAD's decoder: the state plus a place, then an MLP.
 
 A model is trained at every learning rate of one grid, until the training loss is below 0.01 nats and 99.9 % of 128 test
@@ -19,7 +20,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks.quality.common import setting
-from benchmarks.quality.synthetic import BASELINES, Results, draw, make_model, table, train
+from benchmarks.quality.synthetic import BASELINES, Results, as_large_as, draw, make_model, table, train
 from nestlearn import HopeForCausalLM
 from nestlearn.eval.synthetic import IGNORED, MAD_TASKS, MadTask
 
@@ -108,8 +109,10 @@ def accuracy(model: nn.Module, pair: Pair, size: int = 128) -> float:
 
 
 def build(args: argparse.Namespace, model_name: str, task: MadTask, seed: int) -> nn.Module:
-    settings: Mapping[str, Any] = BASELINES.get(model_name, {"memory": {**HOPE_MEMORY, **dict(args.memory)}})
-    model = make_model(settings, vocabulary=task.vocabulary, width=args.width, layers=2, heads=args.heads, seed=seed)
+    shape = {"vocabulary": task.vocabulary, "width": args.width, "layers": 2, "heads": args.heads, "seed": seed}
+    model = make_model({"memory": {**HOPE_MEMORY, **dict(args.memory)}}, **shape)
+    if model_name in BASELINES:
+        model = as_large_as(model, BASELINES[model_name], **shape)
     return FromLast(model, task.length) if task.from_last else model
 
 
@@ -152,7 +155,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--width", type=int, default=64)
-    parser.add_argument("--heads", type=int, default=1)
+    parser.add_argument("--heads", type=int, default=2)
     parser.add_argument("--tests", type=int, default=512, help="test sequences, at most 1280")
     parser.add_argument("--data", type=Path, help="folder of MAD's files, TASK.npz, for the test sequences")
     parser.add_argument("--data-seed", type=int, default=0)
