@@ -6,9 +6,9 @@
 The tasks are described in `nestlearn/eval/synthetic/mad.py`; ``--data`` reads their test sequences from files where the
 folder holds them (all but memorization, whose facts are those of the training sequences). As in MAD a model has two
 layers, and training walks over 12,800 sequences (256 for memorization) in a new order each time; unlike there it is
-short, and the models are narrow: see --steps, --batch and --width. All have as many parameters as HOPE (the feed-forward
-blocks of the others are wider). For compression the last state alone is decoded, by
-MAD's decoder: the state plus a place, then an MLP.
+short, and the models are narrow: see --steps, --batch and --width. All have as many parameters as HOPE: the
+feed-forward blocks of the others are wider. For compression the last state alone is decoded, by MAD's decoder: the
+state plus a place, then an MLP.
 
 A model is trained at every learning rate of one grid, until the training loss is below 0.01 nats and 99.9 % of 128 test
 answers are right or the steps are over. The rate is chosen by the accuracy on half of the test sequences, the accuracy
