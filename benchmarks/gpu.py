@@ -26,15 +26,16 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "src")]
+sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "src"))
 if "--smoke" in sys.argv:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # must be set before Triton is imported
     os.environ.setdefault("NESTLEARN_KERNELS", "torch")
 
-import torch
+import torch  # noqa: E402
 
-from benchmarks.gpu_stages import kernels, models, quality
-from benchmarks.gpu_stages.common import LIMIT, Run
+from benchmarks.gpu_stages import kernels, models, quality  # noqa: E402
+from benchmarks.gpu_stages.common import LIMIT, Run  # noqa: E402
 
 SIZES, LENGTHS = ("340m", "760m"), (2048, 8192, 32_768)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -119,17 +120,38 @@ def targets(results: dict[str, Any]) -> list[tuple[str, str, str]]:
             rows.append(verdict(f"peak memory, HOPE / Transformer, {label}", ratio(found, "peak GB"), 1.3, "most"))
             rows.append(verdict(f"utilisation, {label}", found.get("hope", {}).get("utilisation"), 0.3, "least"))
         found = results.get(f"decode-{size}", {}).get("models", {})
-        rows.append(verdict(f"decoding step, HOPE / Transformer, {size} at 2048", ratio(found, "step ms at 2048"), 2, "most"))
+        rows.append(
+            verdict(f"decoding step, HOPE / Transformer, {size} at 2048", ratio(found, "step ms at 2048"), 2, "most")
+        )
         mine = found.get("hope", {})
         flat = divided(mine.get("step ms at 32768"), mine.get("step ms at 256"))
         rows.append(verdict(f"decoding step at 32768 / at 256, {size}", flat, 1.1, "most"))
         graph = mine.get("graph")
-        rows.append((f"decoding as a CUDA graph, {size}", "yes", verdict_of(graph.get("captured") if isinstance(graph, dict) else None)))
+        rows.append(
+            (
+                f"decoding as a CUDA graph, {size}",
+                "yes",
+                verdict_of(graph.get("captured") if isinstance(graph, dict) else None),
+            )
+        )
     speed = results.get("kernel-speed", {}).get("rows", {})
     for kind in ("forward", "step"):
-        rows.append(verdict(f"kernel over its floor, bfloat16, {kind}", speed.get(f"triton bfloat16, {kind}", {}).get("times floor"), 2, "most"))
+        rows.append(
+            verdict(
+                f"kernel over its floor, bfloat16, {kind}",
+                speed.get(f"triton bfloat16, {kind}", {}).get("times floor"),
+                2,
+                "most",
+            )
+        )
     synced = results.get("syncs", {}).get("host syncs")
-    rows.append(("host syncs in a training step", "none", verdict_of(None if synced in (None, "needs a GPU") else synced == "none")))
+    rows.append(
+        (
+            "host syncs in a training step",
+            "none",
+            verdict_of(None if synced in (None, "needs a GPU") else synced == "none"),
+        )
+    )
     return rows
 
 
@@ -137,8 +159,10 @@ def worst_check(results: dict[str, Any], dtype: str) -> tuple[str, str, str]:
     found = [results.get(name, {}) for name in CHECKS if name.endswith(dtype)]
     known = all("passed" in f for f in found)
     worst = f"{max(f['worst'] for f in found):.1e}" if known else "?"
-    return f"kernels against float64, {dtype}", f"{worst} wanted <= {kernels.LIMITS[DTYPES[dtype]]}", verdict_of(
-        all(f["passed"] for f in found) if known else None
+    return (
+        f"kernels against float64, {dtype}",
+        f"{worst} wanted <= {kernels.LIMITS[DTYPES[dtype]]}",
+        verdict_of(all(f["passed"] for f in found) if known else None),
     )
 
 
@@ -152,7 +176,11 @@ def divided(a: float | None, b: float | None) -> float | None:
 
 def verdict(label: str, value: float | None, wanted: float, kind: str) -> tuple[str, str, str]:
     met = None if value is None else value >= wanted if kind == "least" else value <= wanted
-    return label, f"{'?' if value is None else f'{value:.3g}'} wanted {'>=' if kind == 'least' else '<='} {wanted}", verdict_of(met)
+    return (
+        label,
+        f"{'?' if value is None else f'{value:.3g}'} wanted {'>=' if kind == 'least' else '<='} {wanted}",
+        verdict_of(met),
+    )
 
 
 def verdict_of(met: bool | None) -> str:
@@ -171,7 +199,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", nargs="+", choices=list(STAGES), metavar="NAME")
     parser.add_argument("--list", action="store_true", help="print the stages and which are finished")
-    parser.add_argument("--smoke", action="store_true", help="tiny sizes, CPU allowed; results go to --out only if given")
+    parser.add_argument(
+        "--smoke", action="store_true", help="tiny sizes, CPU allowed; results go to --out only if given"
+    )
     parser.add_argument("--compile", action="store_true", help="torch.compile for every model")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--child", choices=list(STAGES), help=argparse.SUPPRESS)
@@ -181,7 +211,9 @@ def main() -> int:
     if args.child:
         print(json.dumps(run_stage(args.child, run)))
         return 0
-    out = args.out or (None if args.smoke else ROOT / "benchmarks" / "results" / f"gpu-{time.strftime('%Y-%m-%d')}.json")
+    out = args.out or (
+        None if args.smoke else ROOT / "benchmarks" / "results" / f"gpu-{time.strftime('%Y-%m-%d')}.json"
+    )
     results: dict[str, Any] = json.loads(out.read_text()) if out and out.exists() else {}
     if args.list:
         for name in STAGES:

@@ -19,7 +19,12 @@ LIMITS = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 # head width, hidden width, chunk, tokens, momentum, heads: the ends of every range, tails, odd widths
 GRID = {
     "small": [(32, 32, 16, 75, 0.0, 2), (32, 64, 32, 100, 0.7, 2), (20, 36, 24, 61, 0.0, 3), (48, 96, 64, 64, 0.0, 1)],
-    "usual": [(64, 64, 64, 200, 0.0, 2), (64, 64, 64, 130, 0.6, 2), (64, 128, 32, 97, 0.0, 1), (64, 64, 16, 33, 0.9, 2)],
+    "usual": [
+        (64, 64, 64, 200, 0.0, 2),
+        (64, 64, 64, 130, 0.6, 2),
+        (64, 128, 32, 97, 0.0, 1),
+        (64, 64, 16, 33, 0.9, 2),
+    ],
     "large": [(128, 128, 64, 130, 0.0, 1), (128, 256, 64, 70, 0.0, 1), (128, 64, 128, 200, 0.5, 1)],
 }
 SLOW = ("k", "v", "eta", "alpha")
@@ -45,7 +50,7 @@ def environment(run: Run) -> dict[str, Any]:
         found |= {"device": card.name, "multiprocessors": card.multi_processor_count}
         found |= {"memory GB": round(card.total_memory / 2**30, 1), "L2 MB": getattr(card, "L2_cache_size", 0) / 2**20}
     dtype = torch.bfloat16 if run.gpu else torch.float32
-    return found | {key: value for key, value in measure_machine(run.device, dtype).items()}
+    return found | measure_machine(run.device, dtype)
 
 
 def draw(
@@ -61,7 +66,9 @@ def draw(
     query = torch.nn.functional.normalize(normal(batch, heads, tokens, d), dim=-1)
     inputs = LoopInputs(normal(batch, heads, tokens, d), normal(batch, heads, tokens, d), query)
     shapes = [w.expand(batch, *w.shape) for w in (w1, w2)]
-    state = LoopState(*(w + normal(*w.shape, scale=0.05) for w in shapes), *(normal(*w.shape, scale=0.05) for w in shapes))
+    state = LoopState(
+        *(w + normal(*w.shape, scale=0.05) for w in shapes), *(normal(*w.shape, scale=0.05) for w in shapes)
+    )
     reads = (normal(heads, d, scale=0.2), normal(heads), normal(heads, d, scale=0.2), 3 + normal(heads))
     return inputs, state, LoopTrained(w1, w2, normal(g, heads).abs(), *reads, normal(g, heads).abs() if mixed else None)
 
@@ -81,7 +88,7 @@ def results(call: Any, given: Any, spec: LoopSpec, dtype: torch.dtype, **options
 
 
 def correct(group: str, dtype: torch.dtype, run: Run) -> dict[str, Any]:
-    """Largest relative error of every result and gradient, for a group of shapes; "passed" when all are within the limit."""
+    """Largest relative error of every result and gradient, for a group of shapes; "passed": all within the limit."""
     from nestlearn.ops.kernels.inner_loop import inner_loop as on_gpu
 
     begin, rows = time.monotonic(), []
@@ -105,7 +112,7 @@ def correct(group: str, dtype: torch.dtype, run: Run) -> dict[str, Any]:
 
 
 def speed(run: Run) -> dict[str, Any]:
-    """Forward, and forward with backward, at hope-340m's heads, against the floor of FLOPs or bytes; torch beside it."""
+    """Forward, and forward with backward, at hope-340m's heads, against the floor of FLOPs or bytes, beside torch."""
     from nestlearn.ops.kernels.inner_loop import inner_loop as on_gpu
 
     d, chunk, heads, batch, tokens = (16, 16, 1, 1, 18) if run.smoke else (64, 64, 16, 16, 2048)

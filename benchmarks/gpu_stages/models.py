@@ -48,7 +48,11 @@ def gated_deltanet(size: str, run: Run) -> nn.Module:
     from fla.models import GatedDeltaNetConfig, GatedDeltaNetForCausalLM
 
     c = sizes(size, run)
-    shape = {"hidden_size": c["hidden_size"], "num_hidden_layers": c["num_hidden_layers"], "vocab_size": c["vocab_size"]}
+    shape = {
+        "hidden_size": c["hidden_size"],
+        "num_hidden_layers": c["num_hidden_layers"],
+        "vocab_size": c["vocab_size"],
+    }
     with run.device:
         return GatedDeltaNetForCausalLM(GatedDeltaNetConfig(**shape, num_heads=c["num_attention_heads"] // 2))
 

@@ -2,9 +2,10 @@
 
     python benchmarks/speed/online_read.py --out benchmarks/results/online-read.json
 
-Models: HOPE, and a Llama whose MLPs are stacked into levels; random weights, one stream. Four levels, of the periods
-given. HOPE keeps what its backward pass needs (recompute off): a segment is short. The forward alone reads the same tokens in the same segments with the same cache, without gradients. A turn reads
-as many tokens as the slowest period, so that every level changes in it. Generation is greedy, from the same context, by
+Models: HOPE, the same with ``memory={"recompute": False}`` (it keeps what its backward pass needs), and a
+Llama whose MLPs are stacked into levels; random weights, one stream. Four levels, of the periods given. The forward
+alone reads the same tokens in the same segments with the same cache, without gradients. A turn reads as many tokens as
+the slowest period, so that every level changes in it. Generation is greedy, from the same context, by
 the model as it is and by the adapted one. Every figure is the median over the turns, a ratio the median of the ratios
 within a turn. On one thread it is the core's time that counts, so that other processes do not.
 """
@@ -33,10 +34,10 @@ from benchmarks.quality.common import about
 VOCABULARY = 1024
 
 
-def hope(periods: list[int], width: int) -> nn.Module:
+def hope(periods: list[int], width: int, **memory: Any) -> nn.Module:
     config = HopeConfig(
         vocab_size=VOCABULARY, hidden_size=width, num_hidden_layers=4, num_attention_heads=4,
-        intermediate_size=4 * width, levels=periods, memory={"recompute": False},
+        intermediate_size=4 * width, levels=periods, memory=memory,
     )  # fmt: skip
     return HopeForCausalLM(config).eval()
 
@@ -49,7 +50,11 @@ def llama(periods: list[int], width: int) -> nn.Module:
     return stack_levels(LlamaForCausalLM(config).eval(), periods, by="depth")
 
 
-MODELS: dict[str, Callable[[list[int], int], nn.Module]] = {"hope": hope, "llama": llama}
+MODELS: dict[str, Callable[[list[int], int], nn.Module]] = {
+    "hope": hope,
+    "hope-recompute-off": lambda periods, width: hope(periods, width, recompute=False),
+    "llama": llama,
+}
 
 
 def clock() -> float:

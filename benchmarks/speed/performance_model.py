@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[2] / "src")]
+sys.path.insert(0, str(Path(__file__).parents[2] / "src"))
 from nestlearn.levels import parse_levels
 from nestlearn.memory.self_modifying import SelfModifyingConfig
 from nestlearn.models.config import HopeConfig
@@ -38,7 +38,7 @@ from nestlearn.recipes import NAMES, load_recipe
 class Part:
     """One part of the model, all layers together: FLOPs and bytes of one token's forward pass.
 
-    weight_bytes  read once for a whole batch;  bytes  for each token;  training  forward passes' worth of a training step
+    weight_bytes  read once for a whole batch;  bytes  for each token;  training  a step's work, in forward passes
     """
 
     name: str
@@ -172,7 +172,7 @@ def table(config: HopeConfig, args: argparse.Namespace, device: torch.device) ->
             row["training floor, us"] = 1e6 * floor(part, machine, batch=batch, training=True)
         rows.append(row)
     inner = [r for r in rows if r["name"].startswith("memory")]
-    rows.append({"name": "memory, all", "flops": sum(r["flops"] for r in inner), "bytes": sum(r["bytes"] for r in inner),
+    rows.append({"name": "memory, all", **{key: sum(r[key] for r in inner) for key in ("flops", "bytes")},
                  "floor, us": max(sum(r["floor, us"] for r in inner if r["flops"]), inner[-1]["floor, us"]),
                  "measured, us": 1e6 * found["memory"] if found else None})  # fmt: skip
     return rows

@@ -50,7 +50,9 @@ def test_a_spike_rolls_back_to_the_last_good_state_and_goes_on():
     assert any(not torch.equal(a[0], b[0]) for a, b in zip(after, good, strict=True))  # the other row goes on
     last = learner.state.changes(1)[-1]
     assert last.verdict == "spike" and last.token == 124 and last.loss > learner.state.changes(0)[-1].loss + ALWAYS
-    losses = learner.read(calm[:, :40].repeat(2, 1))
+    with warnings.catch_warnings():  # the slower level meets the same document at the end of its own period
+        warnings.simplefilter("ignore", RolledBack)
+        losses = learner.read(calm[:, :40].repeat(2, 1))
     assert losses.isfinite().all() and learner.state.changes(1)[-1].verdict in ("applied", "bounded")
 
 

@@ -1,4 +1,4 @@
-"""The registry says what runs and why; a forced implementation that cannot run is an error; nothing falls back in silence."""
+"""The registry says what runs and why; a forced one that cannot run is an error; nothing is silent."""
 
 import warnings
 

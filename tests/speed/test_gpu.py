@@ -54,7 +54,10 @@ def test_kernels_are_used_and_timed_only_after_they_have_passed():
 
 def test_the_table_judges_what_was_found_and_guesses_nothing():
     assert {row[2] for row in gpu.targets({})} == {"not measured"}
-    models = {"hope": {"tokens/s": 60, "peak GB": 14, "utilisation": 0.2}, "transformer": {"tokens/s": 100, "peak GB": 10}}
+    models = {
+        "hope": {"tokens/s": 60, "peak GB": 14, "utilisation": 0.2},
+        "transformer": {"tokens/s": 100, "peak GB": 10},
+    }
     rows = {row[0]: row[2] for row in gpu.targets({"train-340m-2048": {"models": models}})}
     assert rows["training, HOPE / Transformer, 340m at 2048"] == "met"
     assert rows["peak memory, HOPE / Transformer, 340m at 2048"] == "missed"

@@ -10,13 +10,13 @@ from typing import Any
 
 from nestlearn.compare.child import REASON, RESULT, STOPPED, UNIT, refuse
 from nestlearn.compare.plan import write_json
-from nestlearn.errors import UserError
+from nestlearn.errors import NotFinite, UserError
 from nestlearn.train.build import load_data
 from nestlearn.train.checkpoint import checkpoints, find_checkpoint, load_checkpoint
 from nestlearn.train.config import TrainConfig
 from nestlearn.train.display import Display
 from nestlearn.train.environment import commit, hardware, versions
-from nestlearn.train.loop import Interrupted, NotFinite, train
+from nestlearn.train.loop import Interrupted, train
 from nestlearn.train.run import check_resumable, evaluate
 
 

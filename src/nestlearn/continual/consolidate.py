@@ -119,7 +119,9 @@ def consolidate(
 def levels_of(state: OnlineState) -> tuple[list[OnlineLevel], str]:
     """The levels and the connection that a state was read with."""
     told = json.loads(state.made_by)
-    plain = [{k: math.inf if v == "inf" else v for k, v in level.items()} for level in told["levels"]]
+    plain: list[dict[str, Any]] = [
+        {k: math.inf if v == "inf" else v for k, v in level.items()} for level in told["levels"]
+    ]
     return [OnlineLevel(**level) for level in plain], told["connection"]
 
 

@@ -44,8 +44,9 @@ def read_cache(cache: Any) -> Context:
             f"the model keeps its stream in a {type(cache).__name__} {kinds}: OnlineLearner knows HopeCache and a "
             "DynamicCache of attention layers"
         )  # fmt: skip
-    lengths = tuple(int(x.get_seq_length()) for x in cache.layers)
-    return KeysValues(tuple(x.keys for x in cache.layers), tuple(x.values for x in cache.layers), lengths)  # pyright: ignore
+    known = cast(list[DynamicLayer], cache.layers)
+    lengths = tuple(int(x.get_seq_length()) for x in known)
+    return KeysValues(tuple(x.keys for x in known), tuple(x.values for x in known), lengths)
 
 
 def write_cache(context: Context | None, model: nn.Module, kind: Any = None) -> Any:

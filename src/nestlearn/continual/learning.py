@@ -1,4 +1,4 @@
-"""What happens to one level of B streams at the end of a segment and at the end of its period.
+"""What happens to one level of B streams at the end of a segment and at the end of its period (NL Eq. 71, in context).
 
     every segment    P ← P + Σ_t ∇ℓ_t                                     ℓ_t  nats of token t given all before it
     every period     g = P / n, scaled to the norm clip at most           n    tokens of the period that were predicted

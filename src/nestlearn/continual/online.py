@@ -320,11 +320,12 @@ class OnlineLearner:
             raise UserError(
                 f"tokens has {tokens.shape[0]} rows, but the state holds {self._state.rows} streams: one each"
             )
+        tokens = tokens.to(device=self._state.open.device, dtype=torch.long)
         vocabulary = getattr(self.model.config, "vocab_size", math.inf)
         if int(tokens.min()) < 0 or int(tokens.max()) >= vocabulary:
             found = f"{int(tokens.min())} to {int(tokens.max())}"
             raise UserError(f"tokens are {found}, must be from 0 to below the vocabulary's {vocabulary}")
-        return tokens.to(device=self._state.open.device, dtype=torch.long)
+        return tokens
 
     @contextmanager
     def _evaluation(self) -> Iterator[None]:

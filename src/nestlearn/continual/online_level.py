@@ -46,7 +46,7 @@ class OnlineLevel:
     name: str
     period: float
     weights: tuple[str, ...]
-    lr: float = 0.1
+    lr: float = 0.5
     rule: str = "sgd"
     decay: float = 0.9
     clip: float = 1.0

@@ -15,7 +15,7 @@ state's rows are [w1; m1] (F, 2d, h) and [w2; m2] (F, 2h, d), without m at μ = 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -224,9 +224,9 @@ class Totals:
     @classmethod
     def zeros(cls, frame: Frame) -> Totals:
         """Nothing collected yet."""
-        names = cls.__dataclass_fields__
-        found = {name: getattr(frame, name) for name in names}
-        return cls(**{name: None if t is None else torch.zeros_like(t) for name, t in found.items()})
+        given = ((name, getattr(frame, name)) for name in cls.__dataclass_fields__)
+        zeros: dict[str, Any] = {name: t if t is None else torch.zeros_like(t) for name, t in given}
+        return cls(**zeros)
 
 
 class StateGrads(NamedTuple):

@@ -1,7 +1,8 @@
 """What a self-modifying memory generates at a chunk's start, with backward passes by hand.
 
     M(z) = z + w1 σ(w2 z)
-    k = n(M_k(x))   v = M_v(value)   η = rate_max sigmoid(⟨r, M_η(x)⟩ + b)   log α = max(logsigmoid(⟨r', M_α(x)⟩ + b'), floor)
+    k = n(M_k(x))   v = M_v(value)   η = rate_max sigmoid(⟨r, M_η(x)⟩ + b)
+    log α = max(logsigmoid(⟨r', M_α(x)⟩ + b'), floor)
     n(z) = z / sqrt(‖z‖² + 1e-6)
 
 Of M_η and M_α only one number is wanted: ⟨r, M(x)⟩ = ⟨r, x⟩ + ⟨w1ᵀ r, σ(w2 x)⟩.

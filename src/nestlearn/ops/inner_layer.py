@@ -58,19 +58,19 @@ class Shares(NamedTuple):
     def of(cls, log_retain: Tensor, mu: float, maps: int) -> Shares:
         """From log α (N, C), for F = maps · N."""
         plain = chunk_decays(log_retain, mu)
-        wide = (t if t is None else t.repeat(maps, 1, 1) for t in (plain.leak, plain.leak_end))
+        leak, leak_end = (t if t is None else t.repeat(maps, 1, 1) for t in (plain.leak, plain.leak_end))
         assert isinstance(plain.mu_end, float)
         return cls(
             plain.kept.repeat(maps, 1, 1), plain.kept_end.repeat(maps, 1, 1),
-            plain.retain[None], -plain.retain_end.repeat(maps, 1, 1), *wide,
+            plain.retain[None], -plain.retain_end.repeat(maps, 1, 1), leak, leak_end,
             plain.moment[None], -plain.moment_end.repeat(maps, 1, 1), -plain.power_end, plain.mu_end, plain,
         )  # fmt: skip
 
     def last(self, count: int) -> Shares:
         """For the last map alone, of ``count`` heads and rows."""
-        cut = (t if t is None else t[-count:] for t in (self.leak, self.leak_end))
+        leak, leak_end = (t if t is None else t[-count:] for t in (self.leak, self.leak_end))
         return Shares(
-            self.kept[-count:], self.kept_end[-count:], self.retain, self.retain_end[-count:], *cut,
+            self.kept[-count:], self.kept_end[-count:], self.retain, self.retain_end[-count:], leak, leak_end,
             self.moment, self.moment_end[-count:], self.power_end, self.mu_end, self.plain,
         )  # fmt: skip
 
@@ -84,7 +84,7 @@ class Carried(NamedTuple):
 
 
 class Solved(NamedTuple):
-    """A layer's writes, solved; letters as above. ``sides`` is −[left, moved]; at μ = 0 ``erased`` is T and moment None."""
+    """A layer's writes, solved; letters as above. ``sides`` is −[left, moved]; at μ = 0 ``erased`` is T, no moment."""
 
     x: Tensor
     g: Tensor

@@ -50,7 +50,7 @@ class LoopTrained(NamedTuple):
 
 
 def inner_loop(inputs: LoopInputs, state: LoopState, trained: LoopTrained, spec: LoopSpec) -> tuple[Tensor, LoopState]:
-    """y (B, H, T, d) and the state after the last token; the first token begins a chunk, the last chunk may be short."""
+    """y (B, H, T, d) and the state after the last token; the first token begins a chunk, the last may be short."""
     y, *after = _InnerLoop.apply(spec, *inputs, *state, *trained)  # pyright: ignore[reportGeneralTypeIssues]
     return y, LoopState(*after)
 
@@ -151,10 +151,16 @@ def _frame(state: LoopState, trained: LoopTrained, spec: LoopSpec, batch: int) -
         return t.expand(batch, *t.shape).flatten(0, 1)
 
     first, anchored = len(spec.names) - spec.written, spec.anchored and spec.retention
+    static1, static2 = (
+        _fold(t[:, :first]).unflatten(0, (first, -1)) if first else t.new_empty(0) for t in (state.w1, state.w2)
+    )
+    anchor1, anchor2 = (wide(t[first:]) if anchored else None for t in (trained.w1, trained.w2))
     return Frame(
         spec,
-        *(_fold(t[:, :first]).unflatten(0, (first, -1)) if first else t.new_empty(0) for t in (state.w1, state.w2)),
-        *(wide(t[first:]) if anchored else None for t in (trained.w1, trained.w2)),
+        static1,
+        static2,
+        anchor1,
+        anchor2,
         wide(trained.scales)[:, None, None],
         each(trained.rate_weight)[..., None],
         each(trained.rate_bias)[:, None],
@@ -218,7 +224,6 @@ def _state_grads(grads: StateGrads, d_state: LoopState, totals: Totals, spec: Lo
 
 def _trained_grads(totals: Totals, trained: LoopTrained) -> tuple[Tensor | None, ...]:
     """Of `LoopTrained`, summed over the rows of the batch."""
-    heads = len(trained.rate_bias)
 
     def each(t: Tensor, like: Tensor) -> Tensor:
         return t.reshape(-1, *like.shape).sum(0)

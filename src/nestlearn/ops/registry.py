@@ -1,12 +1,12 @@
 """Which implementation of the inner loop runs, and why.
 
     reference  chunk by chunk, differentiated by autograd (`dgd_chunk.py`): everything, higher derivatives too
-    torch      all chunks as one function with a backward pass by hand (`inner_loop.py`): any device, float32 and float64
+    torch      all chunks as one function with a backward pass by hand (`inner_loop.py`): any device, float32, float64
     triton     the same as two GPU kernels (`kernels/`): on CPU only in Triton's interpreter, to test them
 
 The first of torch, reference that can run what is asked is used; NESTLEARN_KERNELS forces one, and it is an error if
-that one cannot. Triton is to be the first choice on GPUs (TRITON_FIRST) once its checks in benchmarks/gpu.py have passed
-on one; so far the kernels have run in the interpreter only, so there they must be asked for.
+that one cannot. Triton is to be the first choice on GPUs (TRITON_FIRST) once its checks in benchmarks/gpu.py have
+passed on one; so far the kernels have run in the interpreter only, so there they must be asked for.
 """
 
 from __future__ import annotations

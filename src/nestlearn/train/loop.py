@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nestlearn.errors import UserError
+from nestlearn.errors import NotFinite, UserError
 from nestlearn.levels import fires
 from nestlearn.train.build import Data, build_model, build_optimizer, load_model
 from nestlearn.train.checkpoint import Checkpoint, Progress, checkpoints, save_checkpoint
@@ -24,10 +24,6 @@ from nestlearn.train.display import Display
 from nestlearn.train.step import learning_rate, train_step
 
 METRICS = "metrics.jsonl"
-
-
-class NotFinite(UserError):
-    """A loss or gradient that is not a number ended a run."""
 
 
 class Interrupted(UserError):

@@ -1,12 +1,15 @@
 """The forward kernel: one program runs a head of a row through its chunks, all its memories, in order (NL Eq. 86–93).
 
-For a chunk: first k, v, q, η, α from the slow memories at its start; then each written memory in turn is loaded, written
-to and stored, on chip only while its turn lasts. `inner_loop.py` argues why.
+For a chunk: first k, v, q, η, α from the slow memories at its start; then each written memory in turn is loaded,
+written to and stored, on chip only while its turn lasts. `inner_loop.py` argues why.
 
 state pointers  w1 (slots, B, M, H, d, h), w2 (slots, B, M, H, h, d) and momenta: chunk i of a launch reads slot i and
                 writes slot i + 1, or works in place where ``slot_stride`` is 0; static memories stay in slot 0
 bounds          (B, 2) first token and end of each row
 """
+
+# Kernels are in Triton's language, of which these checks know nothing.
+# pyright: reportArgumentType=false, reportOperatorIssue=false
 
 from __future__ import annotations
 

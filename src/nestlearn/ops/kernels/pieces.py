@@ -1,13 +1,16 @@
 """What both Triton kernels of the inner loop are made of: loads, products, gates, decays, the blocked inverse, a layer.
 
-The mathematics is that of `inner_chunk.py` and `inner_layer.py`. A tile is (C, ·) tokens or (rows, columns) of a weight,
+The mathematics is that of `inner_chunk.py` and `inner_layer.py`. A tile is C tokens, or rows by columns of a weight,
 padded with zeros to powers of two; the rows of missing tokens have rate 0 and log α = 0, so they change nothing.
 OPERANDS is the dtype that products read (they add in float32), PRECISION how float32 operands are multiplied. The maps
 and the solves always read float32 (tf32 beside bfloat16): read in bfloat16, they bring gradients to 3e-2 of the truth,
 so to 1.4e-2 (one draw of tests/ops/test_kernels.py).
 
-Letters: C tokens, D head width, HID hidden width (all padded); R' ``ratio``, W' ``moment``, Ĝ ``updates``, E ``erased``.
+Letters: C tokens, D head width, HID hidden width, all padded; R' ``ratio``, W' ``moment``, Ĝ ``updates``, E ``erased``.
 """
+
+# Kernels are in Triton's language, of which these checks know nothing.
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportGeneralTypeIssues=false
 
 from __future__ import annotations
 
