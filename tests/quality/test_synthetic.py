@@ -70,6 +70,14 @@ def test_a_batch_of_strings_is_padded_behind_and_padding_never_counts():
     assert shares(0, 3) == (1.0, 1.0) and shares(0, 1) == (0.5, 5 / 6) and shares(1, 3) == (0.5, 5 / 6)
 
 
+def test_a_start_symbol_comes_first_and_answers_nothing():
+    model = make_model(BASELINES["transformer"], **SHAPE)
+    ids, started = torch.zeros(2, 6, dtype=torch.long), formal_languages.Started(model)
+    plain, told = (formal_languages.answers(m, ids, 2)[0] for m in (model, started))
+    assert told.shape == plain.shape == (6, 2)
+    assert torch.allclose(plain, plain[:1], atol=1e-5) and not torch.allclose(told, told[:1], atol=1e-3)
+
+
 def test_only_what_is_asked_counts_in_mad():
     task = MAD_TASKS["in-context-recall"]
     inputs, targets = mad.tensors(*task.split(0, training=False))
