@@ -27,9 +27,9 @@ WARMUP = 20
 
 
 def make_model(
-    settings: Mapping[str, Any], *, vocabulary: int, width: int, layers: int, heads: int, seed: int
+    settings: Mapping[str, Any], *, vocabulary: int, width: int, layers: int, heads: int, seed: int, hidden: int = 0
 ) -> HopeForCausalLM:
-    """A model with one feed-forward block of twice the width in each layer."""
+    """A model with one feed-forward block in each layer, ``hidden`` wide, by default twice the width."""
     torch.manual_seed(seed)
     return HopeForCausalLM(
         HopeConfig(
@@ -37,12 +37,19 @@ def make_model(
             hidden_size=width,
             num_hidden_layers=layers,
             num_attention_heads=heads,
-            intermediate_size=2 * width,
+            intermediate_size=hidden or 2 * width,
             levels=[1],
             initializer_range=width**-0.5,
             **settings,
         )
     )
+
+
+def as_large_as(other: HopeForCausalLM, settings: Mapping[str, Any], **shape: Any) -> HopeForCausalLM:
+    """The model of these settings whose feed-forward blocks are as wide as makes it as large as ``other``."""
+    wanted, given = (sum(p.numel() for p in m.parameters()) for m in (other, make_model(settings, **shape)))
+    more = round((wanted - given) / (3 * shape["width"] * shape["layers"]))
+    return make_model(settings, hidden=2 * shape["width"] + more, **shape)
 
 
 def train(
