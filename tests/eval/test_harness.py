@@ -1,4 +1,4 @@
-"""The harness's own adapter is the oracle for any Hugging Face model; a model of ours is checked against reading anew."""
+"""The harness's own adapter is the oracle for any Hugging Face model; ours are checked against reading anew."""
 
 from __future__ import annotations
 

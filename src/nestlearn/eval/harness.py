@@ -212,7 +212,7 @@ class HarnessModel(TemplateLM):
         return [postprocess_generated_text(text, until, None) for text in texts]
 
     def _prompted(self, prompts: Sequence[list[int]], new: int) -> dict[str, Any]:
-        """What `generate` is to go on from: the last tokens and the state before them, or prompts padded on the left."""
+        """What `generate` goes on from: the last tokens and the state before them, or prompts padded on the left."""
         device = self.reader.device
         if self.reader.streams:
             last = torch.tensor([prompt[-1:] for prompt in prompts], device=device)
