@@ -15,7 +15,22 @@ SOURCES = sorted((ROOT / "src" / "nestlearn").rglob("*.py"))
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 RULES = [path for path in SOURCES if path.parent.name == "rules" and path.name != "__init__.py"]
 
-PUBLIC = ["HopeConfig", "HopeForCausalLM", "Level", "__version__"]
+PUBLIC = [
+    "HopeConfig",
+    "HopeForCausalLM",
+    "Level",
+    "OnlineLearner",
+    "OnlineLevel",
+    "OnlineState",
+    "RolledBack",
+    "__version__",
+    "consolidate",
+    "load_stacked",
+    "online_levels",
+    "stack_levels",
+    "stacked_levels",
+    "unstack",
+]
 
 
 def relative(path):

@@ -37,7 +37,7 @@ def read_rows(path: Path) -> Iterator[bytes]:
     suffix = text_suffix(path)
     if suffix is None:
         raise UserError(f"{path}: the suffix is not one of {SUPPORTED}: rename or convert the file")
-    data = _decompressed(path)
+    data = decompressed(path)
     if suffix == ".jsonl":
         rows = _jsonl(path, data)
     elif suffix == ".parquet":
@@ -47,7 +47,8 @@ def read_rows(path: Path) -> Iterator[bytes]:
     return (row for row in rows if row)
 
 
-def _decompressed(path: Path) -> bytes:
+def decompressed(path: Path) -> bytes:
+    """The bytes of a file, unpacked as its suffix says."""
     try:
         data = path.read_bytes()
     except OSError as error:

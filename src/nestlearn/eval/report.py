@@ -6,6 +6,7 @@ A part of the run that is missing costs its section alone, which then says why i
 """
 
 import os
+from collections.abc import Sequence
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -27,13 +28,17 @@ def write_report(run: Path) -> Path:
 
 def page(report: Report) -> str:
     """The HTML of a report; it refers to nothing outside itself."""
-    parts = [section(report) for section in sections.ALL]
+    return html_page(f"{report.record.name} · nestlearn report", [section(report) for section in sections.ALL])
+
+
+def html_page(title: str, parts: Sequence[str]) -> str:
+    """One page, complete in itself, of these sections of HTML."""
     return f"""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escape(report.record.name)} · nestlearn report</title>
+<title>{escape(title)}</title>
 <style>{_asset("report.css")}</style>
 </head>
 <body>

@@ -113,7 +113,11 @@ def _table(model: nn.Module, method: str) -> dict[str, float]:
     names = [name for name, _ in model.named_parameters()]
     if not hasattr(model, method):
         return dict.fromkeys(names, 1.0)
-    table = getattr(model, method)()
+    bound = getattr(model, method)
+    owner, table = getattr(bound, "__self__", model), bound()
+    if owner is not model:  # a wrapper, PEFT's for example, passes on what the model within says under its own names
+        theirs = {id(p): table[name] for name, p in owner.named_parameters() if name in table}
+        table = {name: theirs[id(p)] for name, p in model.named_parameters() if id(p) in theirs}
     forgotten = [name for name in names if name not in table]
     if forgotten:
         raise UserError(f"{type(model).__name__}.{method}() lacks {forgotten[0]!r}: it must name every parameter")

@@ -15,7 +15,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 from nestlearn.errors import UserError
 from nestlearn.levels import fires
 from nestlearn.optim.dgd import InputOptimizer
+from nestlearn.optim.rounding import ROUNDED_OFF, in_float32
 
 CHUNK_GRADIENT = "chunk_gradient"  # in optimizer.state[parameter]: c above, absent while the chunk is empty
 LEVEL_DEFAULTS: dict[str, Any] = {"period": 1, "tokens_seen": 0, "chunk_tokens": 0}  # in every parameter group
@@ -36,6 +37,8 @@ class Leveled(Optimizer):
     groups             parameters, or dicts of them as torch.optim takes, each with a ``period`` in tokens
                        (default 1: every step; ``math.inf``: never, and no state is held for it)
     tokens_per_step    tokens behind one ``.step()``, for callers that cannot pass ``tokens``; None: pass it to ``step``
+    keep_rounding      steps float16 and bfloat16 parameters in float32 and keeps what their rounding takes away in
+                       ``state[parameter]["rounded_off"]``, with the optimizer's own state in float32 (`rounding.py`)
 
     Param groups and state are those of the wrapped optimizer, so schedulers and gradient clipping work as usual. The
     open chunk's gradient lives in ``state[parameter]["chunk_gradient"]``, at least in float32, and is part of
@@ -55,7 +58,9 @@ class Leveled(Optimizer):
         groups: Iterable[Any],
         *,
         tokens_per_step: int | None = None,
+        keep_rounding: bool = False,
     ) -> None:
+        self.keep_rounding = keep_rounding
         self.inner: Optimizer | None = None
         self.tokens_per_step = None if tokens_per_step is None else _whole(tokens_per_step, "tokens_per_step")
         self.fired: frozenset[float] = frozenset()  # periods that stepped in the last step()
@@ -99,16 +104,20 @@ class Leveled(Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         # The chunks go around the wrapped optimizer's loading: it takes any state for its own and may cast it.
-        moments = {k: {n: v for n, v in s.items() if n != CHUNK_GRADIENT} for k, s in state_dict["state"].items()}
+        kept = (CHUNK_GRADIENT, ROUNDED_OFF)
+        moments = {k: {n: v for n, v in s.items() if n not in kept} for k, s in state_dict["state"].items()}
         assert self.inner is not None
         self.inner.load_state_dict(state_dict | {"state": {k: s for k, s in moments.items() if s}})
         self.param_groups, self.state = self.inner.param_groups, self.inner.state
         indices = [index for group in state_dict["param_groups"] for index in group["params"]]
         parameters = [p for group in self.param_groups for p in group["params"]]
         for index, p in zip(indices, parameters, strict=True):
-            if CHUNK_GRADIENT in state_dict["state"].get(index, {}):
+            saved = state_dict["state"].get(index, {})
+            if CHUNK_GRADIENT in saved:
                 self._refuse_without_inputs()
-                self.state[p][CHUNK_GRADIENT] = state_dict["state"][index][CHUNK_GRADIENT].to(p.device, copy=True)
+            for name, value in saved.items():
+                if name in kept or (self.keep_rounding and isinstance(value, torch.Tensor) and value.ndim):
+                    self.state[p][name] = value.to(p.device, copy=True)
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError("Leveled is not pickled or deep-copied: save state_dict() and load it into a new Leveled")
@@ -150,7 +159,9 @@ class Leveled(Optimizer):
                 own = [g for g, age in zip(groups, ages, strict=True) if tokens in (None, age)]
                 self.inner.param_groups = own
                 options: dict[str, Any] = {} if tokens is None else {"tokens": tokens}
-                self.inner.step(**options)
+                wide = (p for group in own for p in group["params"])
+                with in_float32(wide, self.state) if self.keep_rounding else nullcontext():
+                    self.inner.step(**options)
         finally:
             self.inner.param_groups = self.param_groups
 
