@@ -2,8 +2,8 @@
 
     python benchmarks/speed/eval_reuse.py --data ../shared/data --rows 1000 --threads 2
 
-A model of tiny-cpu's shape with random weights (speed does not depend on them) scores HellaSwag's four endings, bytes as
-tokens. Without --data the contexts and endings are made up, of HellaSwag's mean lengths. Both ways batch by length.
+A model of tiny-cpu's shape with random weights (speed does not depend on them) scores HellaSwag's four endings; tokens
+are bytes. Without --data the contexts and endings are made up, of HellaSwag's mean lengths. Both ways batch by length.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ is cut off on the left, and `loglikelihood_rolling` reads a document as one stre
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -256,13 +256,8 @@ def _before(ids: list[int], end: int) -> list[int]:
     return ids[: ids.index(end)] if end in ids else ids
 
 
-def open_model(
-    path: Path, batch_size: int = 64, *, reuse: bool = True, load: Callable[[Path], tuple[Any, Tokenizer]] | None = None
-) -> HarnessModel:
-    """A folder with a causal language model. `load` opens what is a checkpoint of ours, with its tokenizer."""
-    if load is not None:
-        model, tokenizer = load(path)
-        return HarnessModel(model, OwnCodec(tokenizer), batch_size, reuse=reuse)
+def open_hugging_face(path: Path, batch_size: int = 64) -> HarnessModel:
+    """Any folder with a causal language model and its tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
@@ -270,5 +265,7 @@ def open_model(
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     except Exception as error:  # anything can go wrong in foreign files
         reason = str(error).splitlines()[0]
-        raise UserError(f"{path}: holds no causal language model with a tokenizer ({reason})") from error
-    return HarnessModel(model, HuggingFaceCodec(tokenizer), batch_size, reuse=reuse)
+        raise UserError(
+            f"{path}: holds no causal language model with a tokenizer ({reason}): give another folder"
+        ) from error
+    return HarnessModel(model, HuggingFaceCodec(tokenizer), batch_size)
