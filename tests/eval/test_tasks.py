@@ -107,7 +107,7 @@ def test_what_makes_no_sense_is_refused(choice, message):
 def test_the_harness_runs_local_files_of_both_layouts(tmp_path):
     rows = [{**PIQA, "goal": f"Open door {n}", "label": n % 2} for n in range(4)]
     write(tmp_path / "piqa/piqa_valid.jsonl.gz", *rows)
-    swag = converted("hellaswag", SWAG, SWAG)
+    swag = converted("hellaswag", *({**SWAG, "query": f"Roof: Man {n}. he"} for n in range(4)))
     write(tmp_path / "Rowan/hellaswag/data/validation-00000.jsonl", *swag)
     said: list[str] = []
     results = run_tasks(model(), Choice(("piqa", "hellaswag"), tmp_path, limit=3, fewshot=1), said.append)

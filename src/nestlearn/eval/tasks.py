@@ -68,7 +68,10 @@ def run_tasks(model: HarnessModel, choice: Choice, say: Callable[[str], None]) -
     check_names(choice)
     if choice.data is not None and not choice.data.is_dir():
         raise UserError(f"--data {choice.data} is not a folder: give one with the tasks' files")
+    import datasets
+
     merged: dict[str, Any] = {}
+    datasets.disable_progress_bars()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # what a user must know is in the remarks
     with TemporaryDirectory(prefix="nestlearn-tasks-") as folder:
         for job in list(_jobs(model, choice, Path(folder))):
@@ -177,7 +180,8 @@ def _run(model: HarnessModel, job: Job, choice: Choice) -> dict[str, Any]:
     manager = TaskManager(include_path=job.folder, include_defaults=False)
     task = job.name if job.config is None else ConfigurableTask(config=job.config)
     fixed = job.config is not None or job.name.startswith("babilong")  # prompts with examples of their own, or none
-    results = lm_eval.simple_evaluate(
+    evaluate: Any = lm_eval.simple_evaluate  # its decorator hides the arguments
+    results = evaluate(
         model=model,
         tasks=[task],
         task_manager=manager,
