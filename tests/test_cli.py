@@ -1,6 +1,7 @@
 """The commands, run in-process on a tiny model; bad input is one line, exit code 2, and nothing lost."""
 
 import errno
+import json
 import os
 import re
 import shutil
