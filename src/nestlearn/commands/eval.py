@@ -13,7 +13,7 @@ from nestlearn.errors import UserError
 if TYPE_CHECKING:
     from nestlearn.eval.harness import HarnessModel
 
-BATCH_SIZE = 64
+BATCH_SIZE = 32
 
 
 def evaluate(
