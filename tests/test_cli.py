@@ -1,6 +1,7 @@
 """The commands, run in-process on a tiny model; bad input is one line, exit code 2, and nothing lost."""
 
 import errno
+import json
 import os
 import re
 import shutil
@@ -97,6 +98,27 @@ def test_eval_measures_what_was_held_out_or_a_given_text(trained, capsys):
     assert re.search(r"[\d.]+ bits per byte of 256 bytes", held_out) and "xz -9" in held_out
     assert main(["eval", str(trained / "run"), "--text", str(trained / "text"), "--tokens", "100"]) == 0
     assert "of 100 bytes, 100 tokens" in capsys.readouterr().out
+
+
+def test_eval_runs_tasks_on_local_files(trained, capsys):
+    pytest.importorskip("lm_eval")
+    (trained / "data/piqa").mkdir(parents=True)
+    rows = [{"goal": f"Open door {n}", "sol1": "push", "sol2": "eat it", "label": n % 2} for n in range(3)]
+    (trained / "data/piqa/piqa_valid.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["eval", str(trained / "run"), "--tasks", "piqa", "--data", str(trained / "data"), "--limit", "2"]
+    assert main(words) == 0
+    printed = capsys.readouterr().out
+    assert "piqa: acc " in printed and "hella acc_n" in printed
+    results = json.loads((trained / "run/tasks-checkpoint-00000192.json").read_text())
+    assert results["n-samples"]["piqa"] == {"original": 3, "effective": 2}
+    for more, message in (
+        (["--limit", "2"], "--limit 2 is given without --tasks"),
+        (["--tasks", "piqa", "--data", str(trained / "none")], "is not a folder"),
+        (["--tasks", "boolq", "--data", str(trained / "data")], "boolq_validation.jsonl"),
+        (["--tasks", "pika"], "did you mean 'piqa'?"),
+        (["--tasks", "piqa", "--tokens", "5"], "--tokens 5 together with --tasks"),
+    ):
+        assert message in refused(capsys, ["eval", str(trained / "run"), *more])
 
 
 def test_generate_is_a_function_of_its_seed(trained, capsys):
