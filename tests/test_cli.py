@@ -332,3 +332,16 @@ def test_another_tokenizer_for_a_checkpoint(trained, tmp_path, capsys):
 )
 def test_an_unknown_or_missing_word_is_one_line_too(words, message, capsys):
     assert message in refused(capsys, words)
+
+
+def test_doctor_checks_every_implementation(capsys, monkeypatch):
+    monkeypatch.delenv("NESTLEARN_KERNELS", raising=False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert "inner loop here: " in out and "limits of triton: " in out
+    checks = {line.split()[0]: line for line in out.splitlines() if line.startswith("  ")}
+    assert set(checks) == {"reference", "torch", "triton"}
+    assert "ok: " in checks["reference"] and "ok: " in checks["torch"]
+    assert "ok: " in checks["triton"] or "not available: " in checks["triton"]
+    assert "NESTLEARN_KERNELS" not in os.environ

@@ -10,6 +10,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from nestlearn.continual.consolidate import consolidate
+    from nestlearn.continual.online import OnlineLearner, RolledBack
+    from nestlearn.continual.online_level import OnlineLevel, online_levels
+    from nestlearn.continual.stream_state import OnlineState
     from nestlearn.levels import Level
     from nestlearn.models.hf import HopeConfig, HopeForCausalLM
     from nestlearn.models.stacking import load_stacked, stack_levels, stacked_levels, unstack
@@ -20,8 +24,14 @@ __all__ = [
     "HopeConfig",
     "HopeForCausalLM",
     "Level",
+    "OnlineLearner",
+    "OnlineLevel",
+    "OnlineState",
+    "RolledBack",
     "__version__",
+    "consolidate",
     "load_stacked",
+    "online_levels",
     "stack_levels",
     "stacked_levels",
     "unstack",
@@ -31,6 +41,12 @@ _HOMES = {
     "HopeConfig": "nestlearn.models.hf",
     "HopeForCausalLM": "nestlearn.models.hf",
     "Level": "nestlearn.levels",
+    "OnlineLearner": "nestlearn.continual.online",
+    "OnlineLevel": "nestlearn.continual.online_level",
+    "OnlineState": "nestlearn.continual.stream_state",
+    "RolledBack": "nestlearn.continual.online",
+    "consolidate": "nestlearn.continual.consolidate",
+    "online_levels": "nestlearn.continual.online_level",
     "load_stacked": "nestlearn.models.stacking",
     "stack_levels": "nestlearn.models.stacking",
     "stacked_levels": "nestlearn.models.stacking",

@@ -1,4 +1,4 @@
-"""The command line: ``nestlearn train | eval | generate | levels | report | continual``, each a file in `commands/`.
+"""The command line: ``nestlearn COMMAND``, each command of `COMMANDS` a file in `commands/`.
 
 Bad input ends with one line on stderr and exit code 2. Everything heavy is imported when a command needs it.
 """
@@ -17,7 +17,9 @@ from typing import Any
 import tyro
 
 from nestlearn import __version__
+from nestlearn.commands.compare import compare
 from nestlearn.commands.continual import continual
+from nestlearn.commands.doctor import doctor
 from nestlearn.commands.eval import evaluate
 from nestlearn.commands.generate import generate
 from nestlearn.commands.levels import levels
@@ -30,8 +32,10 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "eval": evaluate,
     "generate": generate,
     "levels": levels,
+    "compare": compare,
     "report": report,
     "continual": continual,
+    "doctor": doctor,
 }
 
 

@@ -1,4 +1,4 @@
-"""The one error for bad input: a single line that names the value, the rule and the fix."""
+"""The one error for bad input, a single line that names the value, the rule and the fix, and its one special case."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ from collections.abc import Iterable
 
 class UserError(ValueError):
     """Bad input. The command line prints it as one line and exits with code 2; in Python it is a ValueError."""
+
+
+class NotFinite(UserError):
+    """A loss or gradient that is not a number ended a run."""
 
 
 def suggest(word: str, known: Iterable[str]) -> str:

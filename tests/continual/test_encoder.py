@@ -11,7 +11,7 @@ def test_the_packaged_encoder_knows_what_is_alike():
     texts = ["freeze my bank account now", "please block my account", "how do you cook rice"]
     frozen = load_encoder(PACKAGED, 2).encode(texts, [0, 0, 1]).frozen
     assert frozen.shape == (3, 384) and frozen.norm(dim=-1).sub(1).abs().max() < 1e-5
-    assert frozen[0] @ frozen[1] > 0.5 > frozen[0] @ frozen[2] + 0.2
+    assert frozen[0] @ frozen[1] > frozen[0] @ frozen[2] + 0.2
 
 
 def test_what_is_no_encoder_is_refused(tmp_path):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from nestlearn.data import Document, Documents, read_texts, standard_library
-from nestlearn.data.text import HELD_OUT_SHARE
+from nestlearn.data.text import HELD_OUT_SHARE, first_bytes, separate_texts
 from nestlearn.errors import UserError
 
 DATA = Path(os.environ.get("NESTLEARN_DATA", "../shared/data"))
@@ -175,3 +175,33 @@ def test_real_files(file):
         pytest.skip(f"{file} is not here")
     corpus = read_texts([DATA / file])
     assert corpus.train.bytes > 3 * corpus.held_out.bytes > 0
+
+
+# --- separate held-out text
+
+
+def test_separate_files_are_trained_on_and_held_out_in_full(tmp_path):
+    train, kept = fill(tmp_path / "train", 40), fill(tmp_path / "kept", 3, "g")
+    corpus = separate_texts([train], [kept])
+    assert (names(corpus.train), names(corpus.held_out)) == (
+        sorted(f"f{n}.txt" for n in range(40)),
+        ["g0.txt", "g1.txt", "g2.txt"],
+    )
+
+
+def test_what_is_trained_on_cannot_be_held_out(tmp_path):
+    train = fill(tmp_path / "train", 3)
+    with pytest.raises(UserError, match="name it in one of the two"):
+        separate_texts([train], [train / "f1.txt"])
+    (tmp_path / "copy.txt").write_text("text of f2\n")
+    with pytest.raises(UserError, match="copy.txt is also trained on"):
+        separate_texts([train], [tmp_path / "copy.txt"])
+
+
+def test_the_first_bytes_of_each_held_out_document(tmp_path):
+    (tmp_path / "a.txt").write_text("abcdé and more")
+    (tmp_path / "b.txt").write_text("abc")
+    corpus = first_bytes(separate_texts([fill(tmp_path / "train", 2)], [tmp_path / "a.txt", tmp_path / "b.txt"]), 5)
+    assert [document.data for document in corpus.held_out] == [b"abcd", b"abc"]  # é is two bytes, the 5th and 6th
+    assert "at most 5 bytes of each held-out document" in corpus.description
+    assert names(corpus.train) == ["f0.txt", "f1.txt"]

@@ -84,6 +84,11 @@ def test_initial_weights_are_trained_through_the_writes():
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in memory.parameters())
 
 
+def test_the_mixed_objective_is_refused():
+    with pytest.raises(UserError, match='choose "dot" or "l2" here'):
+        build("mix")
+
+
 def test_wrong_shapes_are_named():
     memory, (key, value, rate, retain, query) = build(), tokens()
     with pytest.raises(UserError, match="value has the shape"):

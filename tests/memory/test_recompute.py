@@ -17,6 +17,8 @@ CASES = [
     {"momentum": 0.0, "chunk": 8, "memory_chunk": 4},
     {"momentum": 0.6, "chunk": 8, "memory_chunk": 2, "retain_to": "initial"},
     {"momentum": 0.0, "chunk": 8, "memory_chunk": 8, "retain_to": "initial", "adaptive": ("k", "q")},
+    {"momentum": 0.6, "chunk": 8, "memory_chunk": 8, "retain_to": "initial"},
+    {"momentum": 0.6, "chunk": 8, "memory_chunk": 8, "retention": False, "adaptive": ("v",)},
     {"momentum": 0.6, "chunk": 8, "memory_chunk": 4, "dgd": False},
     {"momentum": 0.6, "chunk": 8, "memory_chunk": 1, "retention": False, "adaptive": ()},
 ]
@@ -38,7 +40,7 @@ def outcome(memory: SelfModifyingMemory, cut: int = 0) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("cut", [0, 11])
-@pytest.mark.parametrize("objective", ["dot", "l2"])
+@pytest.mark.parametrize("objective", ["dot", "l2", "mix"])
 @pytest.mark.parametrize("settings", CASES, ids=str)
 def test_recomputing_changes_nothing(settings, objective, cut):
     """Outputs, state and all gradients; also over two pieces of a stream that is cut inside a chunk."""

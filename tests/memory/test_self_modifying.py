@@ -66,6 +66,7 @@ def settings_and_parameters(memory: SelfModifyingMemory) -> tuple[oracle.Setting
         "retain_weight": memory.retain_read.weight,
         "retain_bias": memory.retain_read.bias,
         "rate_scale": dict(memory.rate_scale.items()),
+        "mix": {name: mix.logits for name, mix in memory.mix.items()},
     }
 
 
@@ -104,7 +105,7 @@ def compare(
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.6])
-@pytest.mark.parametrize("objective", ["l2", "dot"])
+@pytest.mark.parametrize("objective", ["l2", "dot", "mix"])
 @pytest.mark.parametrize("chunk, memory_chunk", [(1, 1), (16, 4), (16, 16), (64, 8)])
 def test_equals_the_truth(chunk, memory_chunk, objective, momentum):
     memory = build(chunk=chunk, memory_chunk=memory_chunk, objective=objective, momentum=momentum)
@@ -130,6 +131,8 @@ def test_equals_the_truth(chunk, memory_chunk, objective, momentum):
         {"scale": 0.7},
         {"scale": 0.7, "memory_chunk": 16},
         {"recompute": False},
+        {"objective": "mix", "target_norm": "l2", "adaptive": ("eta", "v"), "retain_to": "initial"},
+        {"objective": "mix", "dgd": False, "scale": 0.7},
     ],
     ids=str,
 )
@@ -163,6 +166,7 @@ def scalar(results: dict[str, Tensor]) -> Tensor:
         {"momentum": 0.0, "memory_chunk": 16},
         {"retain_to": "initial", "adaptive": ("k", "alpha")},
         {"dgd": False, "adaptive": (*SLOW, "q")},
+        {"objective": "mix", "target_norm": "l2", "adaptive": ("k", "alpha")},
     ],
     ids=str,
 )
@@ -186,6 +190,7 @@ def test_gradients_equal_the_truths(change, recompute):
         (4, 2, "dot", "l2", "initial"),
         (3, 3, "dot", "l2", "zero"),
         (3, 3, "l2", "none", "initial"),
+        (2, 1, "mix", "l2", "zero"),
     ],
 )
 def test_gradcheck_through_everything(chunk, memory_chunk, objective, target_norm, retain_to):
@@ -247,6 +252,7 @@ def test_a_memory_that_does_not_adapt_stays_its_initial_state():
         ({"retain_start": (0.9, 1.0)}, "must be between 0 and 1, both excluded, or a list"),
         ({"rate_start": ()}, "rate_start is .*or a list"),
         ({"dgd": "no"}, "dgd is 'no', must be True or False"),
+        ({"mix_start": 1.0}, "mix_start is 1.0"),
     ],
 )
 def test_bad_configurations_are_named(settings, words):
@@ -270,6 +276,25 @@ def test_several_starts_spread_the_heads_along_them(start, heads, expected):
         assert torch.allclose(read.bias.sigmoid(), torch.tensor(expected), atol=1e-6)
 
 
+@pytest.mark.parametrize("near, objective", [(1e-12, "dot"), (1 - 1e-12, "l2")])
+def test_the_ends_of_the_mix_are_the_two_objectives(near, objective):
+    x, query, _ = tokens(2, 21)
+    mixed, pure = build(objective="mix", target_norm="l2"), build(objective=objective, target_norm="l2")
+    mixed.load_state_dict(pure.state_dict(), strict=False)
+    with torch.no_grad():
+        for mix in mixed.mix.values():
+            mix.logits.fill_(math.log(near / (1 - near)))
+    assert (mixed(x, query)[0] - pure(x, query)[0]).abs().max() <= 1e-9
+
+
+def test_the_mix_starts_where_it_is_told():
+    memory = build_heads(2, objective="mix", mix_start=[0.25, 0.9], adaptive=("k",))
+    assert sorted(memory.mix) == ["k", "memory"]
+    for mix in memory.mix.values():
+        assert torch.allclose(mix.logits.sigmoid(), torch.tensor([0.25, 0.9]))
+    assert not build_heads(2).mix
+
+
 def build_heads(heads: int, **settings) -> SelfModifyingMemory:
     return SelfModifyingMemory(SelfModifyingConfig(head_width=4, hidden_width=4, heads=heads, **settings))
 
@@ -284,7 +309,7 @@ def test_bad_shapes_are_named():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("objective, dgd", [("dot", True), ("l2", True), ("l2", False)])
+@pytest.mark.parametrize("objective, dgd", [("dot", True), ("l2", True), ("l2", False), ("mix", True)])
 def test_what_is_observed_equals_the_truth(objective, dgd):
     """At chunk 1 the weights before a token are its start: surprise, rates, α and norms follow from them."""
     memory = build(chunk=1, memory_chunk=1, objective=objective, dgd=dgd, target_norm="l2", scale=0.8)
@@ -302,7 +327,7 @@ def test_what_is_observed_equals_the_truth(objective, dgd):
             network, scale = networks[name], constants.rate_scale[name].abs()
             target = oracle.normalised(oracle.apply(network, value))
             inputs = oracle.layer_inputs(network, key)
-            written = oracle.layer_errors(network, key, target, objective)["w1"]
+            written = oracle.layer_errors(network, key, target, objective, constants.mix.get(name))["w1"]
             written = written + network["w1"] @ inputs["w1"] if dgd else written
             assert (signals.surprise[0, number, head, t] - written.norm()).abs() <= 1e-10
             assert (signals.rate[0, number, head, t] - rate * scale).abs() <= 1e-10

@@ -23,6 +23,7 @@ from tests.memory.test_self_modifying import build, tokens
         {"chunk": 64, "memory_chunk": 8},
         {"chunk": 4, "memory_chunk": 2, "momentum": 0.0, "objective": "dot", "adaptive": ("v", "q")},
         {"chunk": 4, "memory_chunk": 1, "dgd": False, "adaptive": ()},
+        {"chunk": 4, "memory_chunk": 1, "objective": "mix"},
     ],
     ids=str,
 )
@@ -151,6 +152,13 @@ def largest(memory: SelfModifyingMemory, x: Tensor, pieces: int) -> list[float]:
 def test_bounded(settings, stream, dtype):
     memory = trainable(**settings)
     assert max(largest(memory, STREAMS[stream](4, 4096).to(dtype), pieces=4)) < LARGEST
+
+
+@pytest.mark.parametrize("stream", STREAMS)
+def test_the_mixed_objective_is_bounded_at_chunk_1(stream):
+    """Each write subtracts what is stored now; a chunk that subtracts what was stored before may diverge."""
+    memory = trainable(objective="mix", mix_start=0.9, chunk=1)
+    assert max(largest(memory, STREAMS[stream](4, 400), pieces=1)) < LARGEST
 
 
 @pytest.mark.parametrize("rate_max", [1e-3, 1e3, 1e6])

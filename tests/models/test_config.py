@@ -1,10 +1,15 @@
 """A configuration that cannot be built is refused when it is made, with one line that names value, rule and fix."""
 
+import json
+
 import pytest
 import torch
 
 from nestlearn import HopeConfig, HopeForCausalLM
 from nestlearn.errors import UserError
+from nestlearn.models.hope import MIXER_NAMES
+from nestlearn.models.mamba2 import Mamba2Layer
+from nestlearn.models.window_attention import WindowAttention
 
 WRONG = [
     ({"hidden_size": 30}, "hidden_size is 30 and num_attention_heads 4"),
@@ -24,6 +29,8 @@ WRONG = [
     ({"memory": {"chunk": 2.5}}, "is 2.5"),
     ({"memory": {"momentum": "much"}}, "momentum is 'much', must be a number"),
     ({"memory": {"objective": "l3"}}, "objective is 'l3'"),
+    ({"mixer": "samba", "num_hidden_layers": 1}, "must be at least 2 with mixer 'samba'"),
+    ({"mixer": "sambo"}, "did you mean 'samba'"),
     ({"levels": []}, "levels is empty"),
     ({"levels": "4096"}, "levels is '4096'"),
     ({"levels": 4096}, "levels is 4096"),
@@ -51,3 +58,34 @@ def test_the_defaults_make_a_model_without_touching_memory():
     with torch.device("meta"):
         model = HopeForCausalLM(HopeConfig(hidden_size=4096, num_attention_heads=32, vocab_size=500_000))
     assert all(parameter.is_meta for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("mixer", MIXER_NAMES)
+def test_levels_default_to_hopes_continuum_or_to_one_mlp(mixer, tmp_path):
+    """Saved in full; levels that are given are kept, also those that another mixer has by default."""
+    own = [4096, 16384, 65536] if mixer in ("self_modifying", "attention") else [1]
+    for given, expected in ((None, own), ([4096, 16384, 65536], [4096, 16384, 65536]), ([1], [1]), ([8, 64], [8, 64])):
+        config = HopeConfig(mixer=mixer, levels=given)
+        config.save_pretrained(tmp_path)
+        saved = json.loads((tmp_path / "config.json").read_text())
+        for levels in (config.levels, saved["levels"], HopeConfig.from_pretrained(tmp_path).levels):
+            assert [level["period"] for level in levels] == expected
+        assert saved["mixer"] == mixer
+
+
+@pytest.mark.parametrize(
+    "said, saved",
+    [
+        ("hope", "self_modifying"), ("hope-attention", "attention"), ("hope_attention", "attention"),
+        ("ttt-mlp", "ttt_mlp"), ("titans-mac", "titans_mac"), ("transformer", "transformer"),
+    ],
+)  # fmt: skip
+def test_other_spellings_of_a_mixer_are_saved_as_one(said, saved):
+    assert HopeConfig(mixer=said).to_dict() == HopeConfig(mixer=saved).to_dict()
+    assert HopeConfig(mixer=said).mixer == saved
+
+
+def test_the_layers_of_samba_take_turns():
+    model = HopeForCausalLM(HopeConfig(mixer="samba", num_hidden_layers=5))
+    kinds = [type(block.mixer) for block in model.model.layers]
+    assert kinds == [Mamba2Layer, WindowAttention, Mamba2Layer, WindowAttention, Mamba2Layer]

@@ -43,6 +43,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "titans mac": {"mixer": "titans_mac", "window": 11, "memory": {"chunk": 8}},
     "titans mag": {"mixer": "titans_mag", "window": 6, "memory": {"chunk": 16}},
     "titans mal": {"mixer": "titans_mal", "window": 6, "memory": {"chunk": 16}},
+    "transformer": {"mixer": "transformer"},
+    "mamba 2": {"mixer": "mamba2", "memory": {"chunk": 16}},
+    "window attention": {"mixer": "window_attention", "window": 11},
+    "samba": {"mixer": "samba", "window": 6, "memory": {"chunk": 16}},
     "nested": {"connection": "nested", "memory": {"chunk": 16}},
     "independent": {"connection": "independent", "memory": {"chunk": 16}},
 }

@@ -1,4 +1,4 @@
-"""The Transformer baseline: mixer "attention" over one level of period 1 is Llama, weight for weight."""
+"""The Transformer baseline, mixer "transformer", is Llama, weight for weight."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SIZES: dict[str, Any] = {
 
 def ours(**settings) -> HopeForCausalLM:
     torch.manual_seed(0)
-    return HopeForCausalLM(HopeConfig(mixer="attention", levels=[1], rope_theta=500.0, **{**SIZES, **settings})).eval()
+    return HopeForCausalLM(HopeConfig(**{"mixer": "transformer", "rope_theta": 500.0, **SIZES, **settings})).eval()
 
 
 def llama(tied: bool) -> LlamaForCausalLM:
@@ -103,3 +103,10 @@ def test_our_weights_in_llama_give_our_logits(tied):
 def test_there_are_as_many_parameters_but_for_the_folded_norms():
     theirs, model = (sum(p.numel() for p in m.parameters()) for m in (llama(True), ours()))
     assert theirs - model == SIZES["num_hidden_layers"] * SIZES["hidden_size"]
+
+
+def test_it_is_hope_attention_over_one_level_of_period_1():
+    model, other = ours(), ours(mixer="attention", levels=[1])
+    shuffle(model)
+    other.load_state_dict(model.state_dict(), strict=True)
+    assert gap(model, other) == 0

@@ -17,6 +17,7 @@ MIXED = (
     {"mixer": "ttt_mlp"},
     {"mixer": "titans_mag"},
     {"mixer": "attention", "connection": "independent"},
+    {"memory": {"chunk": 8, "objective": "mix", "mix_start": [0.2, 0.9]}},
 )
 SHAPES = [{"tie_word_embeddings": tied, **shape} for tied in (True, False) for shape in ({}, *MIXED)]
 

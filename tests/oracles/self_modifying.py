@@ -5,6 +5,7 @@ token each memory's gradient is *differentiated* from its inner objective (torch
 proximal problem (oracles.dgd).
 
     objective "l2":  1/2 |M(k) - target|^2        objective "dot":  -<M(k), target>        target held constant
+    objective "mix":  lambda "l2" + (1 - lambda) "dot", lambda = sigmoid(mix), of each memory and head
 
 Outer gradients flow through all of it: call .backward() on the results to get the truth for training as well.
 A network is a dict {"w1": (d,h), "w2": (h,d)}; networks are a dict of name -> network.
@@ -12,7 +13,7 @@ A network is a dict {"w1": (d,h), "w2": (h,d)}; networks are a dict of name -> n
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -47,6 +48,7 @@ class Constants:
     retain_weight: Tensor  # (d,)
     retain_bias: Tensor  # ()
     rate_scale: dict[str, Tensor]  # name -> ()
+    mix: dict[str, Tensor] = field(default_factory=dict)  # name -> (), of the objective "mix"
 
 
 def silu(z: Tensor) -> Tensor:
@@ -63,20 +65,22 @@ def apply(network: Network, z: Tensor, offsets: Network | None = None) -> Tensor
     return z + network["w1"] @ silu(network["w2"] @ z + offsets["w2"]) + offsets["w1"]
 
 
-def objective(prediction: Tensor, target: Tensor, kind: str) -> Tensor:
-    if kind == "l2":
-        return 0.5 * (prediction - target).square().sum()
-    return -(prediction * target).sum()
+def objective(prediction: Tensor, target: Tensor, kind: str, mix: Tensor | None = None) -> Tensor:
+    l2, dot = 0.5 * (prediction - target).square().sum(), -(prediction * target).sum()
+    if kind == "mix":
+        share = torch.sigmoid(mix)
+        return share * l2 + (1 - share) * dot
+    return l2 if kind == "l2" else dot
 
 
 def layer_inputs(network: Network, key: Tensor) -> Network:
     return {"w1": silu(network["w2"] @ key), "w2": key}
 
 
-def layer_errors(network: Network, key: Tensor, target: Tensor, kind: str) -> Network:
+def layer_errors(network: Network, key: Tensor, target: Tensor, kind: str, mix: Tensor | None = None) -> Network:
     """The gradient of the objective with respect to each layer's output (the local surprise, NL Eq. 8)."""
     zeros = {"w1": torch.zeros_like(key), "w2": torch.zeros_like(network["w2"] @ key)}
-    return torch.func.grad(lambda offsets: objective(apply(network, key, offsets), target, kind))(zeros)
+    return torch.func.grad(lambda offsets: objective(apply(network, key, offsets), target, kind, mix))(zeros)
 
 
 def step(x: Tensor, value_input: Tensor, start: dict[str, Network], constants: Constants, setting: Setting):
@@ -95,7 +99,8 @@ def write(name, network, momenta, start, key, value, rate, retain, constants: Co
     target = apply(start, value)
     if setting.target_norm == "l2":
         target = normalised(target)
-    inputs, errors = layer_inputs(start, key), layer_errors(start, key, target, setting.objective)
+    inputs = layer_inputs(start, key)
+    errors = layer_errors(start, key, target, setting.objective, constants.mix.get(name))
     own_rate = rate * constants.rate_scale[name].abs()
     new_network, new_momenta = {}, {}
     for layer in ("w1", "w2"):
@@ -138,7 +143,7 @@ def run(x, query, parameters: dict, setting: Setting, value_input=None):
     """All rows and heads, independently. x, query, value_input (B,T,H,d).
 
     parameters: {"initial": {name: {"w1": (H,d,h), "w2": (H,h,d)}}, "rate_weight": (H,d), "rate_bias": (H,),
-    "retain_weight": (H,d), "retain_bias": (H,), "rate_scale": {name: (H,)}}.
+    "retain_weight": (H,d), "retain_bias": (H,), "rate_scale": {name: (H,)}, and for "mix" "mix": {name: (H,)}}.
     Returns y (B,T,H,d) and networks, momenta as {name: {layer: (B,H,.,.)}}.
     """
     value_input = x if value_input is None else value_input

@@ -36,7 +36,7 @@ def evaluate(
     found = open_checkpoint(checkpoint)
     config = dataclasses.replace(found.config, held_out_tokens=parse_count(tokens)) if tokens else found.config
     own = found.tokenizer(tokenizer)
-    corpus = read_corpus(text or config.text)
+    corpus = read_corpus(text) if text else read_corpus(config.text, config.held_out, config.held_out_per_document)
     ids = tokenize((*corpus.train, *corpus.held_out) if text else corpus.held_out, own)
     measured = evaluate(load_model(found.folder), ids, own, config)
     packed = compression(measured_bytes(ids, own, config.held_out_tokens))

@@ -68,6 +68,7 @@ class Classifier(nn.Module):
         self.encoder, self.config, self.reads = encoder, encoder.config, reads
         width = encoder.config.hidden_size * (2 if reads else 1)
         self.classifier: LinearHead | MemoryHead = (LinearHead if head == "linear" else MemoryHead)(width, classes)
+        self.seen: Tensor
         self.register_buffer("seen", torch.zeros(classes, dtype=torch.bool))
 
     def features(self, batch: Encoded) -> Tensor:

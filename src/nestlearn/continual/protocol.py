@@ -98,8 +98,9 @@ class Learner:
         low_rank = add_low_rank(self.model, self.settings.trained, self.method.rank) if self.method.rank else []
         optimizer = self.optimizer or self._optimizer()
         self._remember(classes, texts)
-        for batch in self._batches(texts) if optimizer else ():
-            self._step(optimizer, batch)
+        if optimizer is not None:
+            for batch in self._batches(texts):
+                self._step(optimizer, batch)
         merge_low_rank(low_rank)
         self._remember(classes, texts)
         if self.method.ewc:

@@ -52,7 +52,9 @@ def measured(out: Path) -> list[Measured]:
 
 def table_text(found: Sequence[Measured]) -> str:
     """For the terminal: one line for each method."""
-    rows = [("method", "rate", "seeds", "average accuracy", "forgetting", "backward", "area", "tokens", "seconds")]
+    rows: list[tuple[str, ...]] = [
+        ("method", "rate", "seeds", "average accuracy", "forgetting", "backward", "area", "tokens", "seconds")
+    ]
     for m in found:
         shown = (_percent(*m.numbers[k]) for k in ("average_accuracy", "forgetting", "backward_transfer",
                                                    "area_under_curve"))  # fmt: skip

@@ -1,7 +1,7 @@
 """text → tokens → batches, each a pure function of its input; a batch comes with the state to resume after it."""
 
 from nestlearn.data.batches import Batch, Batches, BatchState
-from nestlearn.data.text import Corpus, Document, Documents, read_texts, standard_library
+from nestlearn.data.text import Corpus, Document, Documents, first_bytes, read_texts, separate_texts, standard_library
 from nestlearn.data.tokens import Tokenizer, load_tokenizer, tokenize
 
 __all__ = [
@@ -12,8 +12,10 @@ __all__ = [
     "Document",
     "Documents",
     "Tokenizer",
+    "first_bytes",
     "load_tokenizer",
     "read_texts",
+    "separate_texts",
     "standard_library",
     "tokenize",
 ]

@@ -92,17 +92,57 @@ def read_texts(paths: Sequence[Path | str]) -> Corpus:
     one file, so that the file can be renamed); where none is, the lowest hash. Of a single document the last
     `HELD_OUT_TAIL` is held out. Raises UserError for what cannot be read, and where there is no text at all.
     """
+    files, where = _found(paths), _named(paths)
+    return _split(_read(files, where), f"text of {where}", one_file=len(files) == 1)
+
+
+def separate_texts(paths: Sequence[Path | str], held_out: Sequence[Path | str]) -> Corpus:
+    """All of ``paths`` to train on and all of ``held_out``. UserError as in `read_texts`, and where they share text."""
+    train, kept = _found(paths), _found(held_out)
+    for file in kept.keys() & train.keys():
+        raise UserError(f"{kept[file][1]} is to be trained on and to be held out: name it in one of the two")
+    documents = _read(train, _named(paths)), _read(kept, _named(held_out))
+    seen = {document.data for document in documents[0]}
+    for document in documents[1]:
+        if document.data in seen:
+            raise UserError(f"the held-out document {document.name} is also trained on: take it out of one of the two")
+    return Corpus(*documents, f"text of {_named(paths)}, held out {_named(held_out)}")
+
+
+def first_bytes(corpus: Corpus, count: int) -> Corpus:
+    """The same with at most the first ``count`` bytes of each held-out document, whole UTF-8 characters."""
+    if all(len(document.data) <= count for document in corpus.held_out):
+        return corpus
+    kept = Documents(Document(document.name, _first(document.data, count)) for document in corpus.held_out)
+    return Corpus(corpus.train, kept, f"{corpus.description}, at most {count:,} bytes of each held-out document")
+
+
+def _first(data: bytes, count: int) -> bytes:
+    while 0 < count < len(data) and data[count] & 0xC0 == 0x80:  # never inside a UTF-8 character
+        count -= 1
+    return data[:count]
+
+
+def _found(paths: Sequence[Path | str]) -> dict[Path, tuple[str, Path]]:
+    """(name, file) of every file, by where it really is."""
     if not paths:
         raise UserError(f"no text was given: name at least one file or folder ({SUPPORTED})")
     files: dict[Path, tuple[str, Path]] = {}
     for path in map(Path, paths):
         for name, file in _files(path):
             files.setdefault(file.resolve(), (name, file))  # the same file twice would leak into the held-out text
+    return files
+
+
+def _named(paths: Sequence[Path | str]) -> str:
+    return ", ".join(str(path) for path in paths)
+
+
+def _read(files: dict[Path, tuple[str, Path]], where: str) -> Documents:
     documents = _documents(files.values())
-    where = ", ".join(str(path) for path in paths)
     if not documents:
         raise UserError(f"{where}: holds no text at all (0 bytes): give a file or folder with some")
-    return _split(documents, f"text of {where}", one_file=len(files) == 1)
+    return documents
 
 
 def _library_files(root: Path) -> Iterator[str]:
@@ -167,8 +207,7 @@ def _split(documents: Documents, description: str, one_file: bool = False) -> Co
 def _split_tail(document: Document, description: str) -> Corpus:
     name, data = document.name, document.data
     cut = len(data) - max(1, int(len(data) * HELD_OUT_TAIL))
-    while cut > 0 and data[cut] & 0xC0 == 0x80:  # never inside a UTF-8 character
-        cut -= 1
+    cut = len(_first(data, cut))
     if cut == 0:
         raise UserError(
             f"{name}: has {len(data)} bytes, too few to train on some and hold out the rest: give more text"

@@ -29,7 +29,9 @@ class SelfModifyingConfig:
                           memory_chunk divides chunk
     rate_max              upper end of η, finite and >= 0; 0 never writes
     momentum              μ in [0, 1)
-    objective             "dot" (default: with DGD it is the delta rule, S x → v̂) or "l2"
+    objective             "dot" (default: with DGD it is the delta rule, S x → v̂), "l2", or "mix": e = λ M(k) − v̂ with
+                          a learned λ for each memory and head. The last two are bounded at chunk 1 without momentum
+    mix_start             λ at the start, in (0, 1); several values spread the heads as for rate_start
     target_norm           "l2" (default: bounded writes) or "none" (the letter; unstable)
     adaptive              which of k, v, eta, alpha adapt; "q" adds an adaptive query memory
     retention, dgd        False: α = 1; False: plain gradient descent
@@ -50,6 +52,7 @@ class SelfModifyingConfig:
     rate_max: float = 8.0
     momentum: float = 0.0
     objective: str = "dot"
+    mix_start: float | tuple[float, ...] = 0.5
     target_norm: str = "l2"
     adaptive: tuple[str, ...] = SLOW
     retention: bool = True
@@ -89,7 +92,7 @@ class SelfModifyingConfig:
         for name in ("rate_max", "slow_rate_scale", "w1_scale", "w2_scale"):
             if not 0 <= _number(name, getattr(self, name)) < math.inf:
                 raise UserError(f"{name} is {getattr(self, name)}, must be finite and >= 0")
-        for name in ("rate_start", "retain_start"):
+        for name in ("rate_start", "retain_start", "mix_start"):
             object.__setattr__(self, name, _start(name, getattr(self, name)))
         _number("momentum", self.momentum)
 

@@ -4,6 +4,7 @@ One chunk of writes, its gradients taken at the weights of the chunk's start (NL
 a target v̂, with ``z = w2 k``, ``a = σ(z)``:
 
     objective "l2":   e = k + w1 a − v̂      of ½‖M(k) − v̂‖²           objective "dot":  e = −v̂      of −⟨M(k), v̂⟩
+    objective "mix":  e = λ M(k) − v̂        of ½ λ ‖M(k)‖² − ⟨M(k), v̂⟩, λ in (0, 1): "l2" at 1, "dot" at 0
     w1: DGD write with x = a, g = e          w2: DGD write with x = k, g = (w1ᵀ e) ∘ σ'(z)
 
 Every function works on G memories at once: tensors are (B, G, H, C, ·), weights (B, G, H, out, in).
@@ -23,7 +24,7 @@ from nestlearn.ops.dgd_chunk import Decays, Write, chunk_end, chunk_read, chunk_
 from nestlearn.ops.dgd_fused import fused_write
 from nestlearn.ops.pointwise import l2norm, silu_and_slope
 
-OBJECTIVES = ("dot", "l2")
+OBJECTIVES = ("dot", "l2", "mix")
 TARGET_NORMS = ("l2", "none")
 RETAIN_TO = ("zero", "initial")
 
@@ -60,7 +61,7 @@ def select(stack: Stack, span: slice) -> Stack:
 class WriteRule:
     """How a deep memory writes.
 
-    objective      "dot" (NL Eq. 92) or "l2" (NL Eq. 93)
+    objective      "dot" (NL Eq. 92), "l2" (NL Eq. 93) or "mix", anything between them
     momentum       μ in [0, 1)
     dgd            False drops the gain · x xᵀ term: plain gradient descent with the same step
     retain_to      where retention pulls: "zero" (the letter) or "initial", the weights before the stream
@@ -109,6 +110,7 @@ def deep_chunk(
     initial: Weights | None = None,
     query: Tensor | None = None,
     surprise: list[Tensor] | None = None,
+    mix: Tensor | None = None,
 ) -> tuple[Tensor | None, Fast]:
     """Write one chunk into G memories, and read the last of them at ``query``, each read before its token's write.
 
@@ -117,6 +119,7 @@ def deep_chunk(
     key        (B, 1, H, C, d), normalised;  target v̂ (B, G, H, C, d);  rate (B, G, H, C)
     initial    (G, H, ·, ·), where retention pulls (``retain_to="initial"``)
     surprise   a list to append ‖∇_y L̃‖ (B, G, H, C) to
+    mix        λ (G, H, 1, 1) of the objective "mix"
 
     Returns (reads (B, H, C, d) or None, live weights after the chunk).
     """
@@ -124,8 +127,8 @@ def deep_chunk(
     start = live.weights if start is None else start
     z = key @ start.w2.mT
     hidden, slope = silu_and_slope(z, fused=rule.fused)
-    image = hidden @ start.w1.mT if whole or rule.objective == "l2" else None
-    error = -target if image is None or rule.objective == "dot" else key + image - target
+    image = hidden @ start.w1.mT if whole or rule.objective != "dot" else None
+    error = _error(key, image, target, rule, mix)
     error2 = (error @ start.w1) * slope
 
     anchor = initial if rule.retain_to == "initial" else None
@@ -137,6 +140,17 @@ def deep_chunk(
     if surprise is not None:
         surprise.append(_surprise(write1, dgd_gain(hidden, rate)))
     return reads, Fast(w1, w2, m1, m2)
+
+
+def _error(key: Tensor, image: Tensor | None, target: Tensor, rule: WriteRule, mix: Tensor | None) -> Tensor:
+    """e, the objective's gradient at M(k) = k + image."""
+    if image is None or rule.objective == "dot":
+        return -target
+    if rule.objective == "l2":
+        return key + image - target
+    if mix is None:
+        raise UserError('objective is "mix", but no λ is given: pass mix, or choose "dot" or "l2"')
+    return mix * (key + image) - target
 
 
 def _write(

@@ -46,6 +46,11 @@ class DeepConfig(Sizes):
 
     rule: WriteRule = field(default_factory=lambda: WriteRule(target_norm="none"))
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rule.objective == "mix":
+            raise UserError('objective is "mix", which the self-modifying memory learns; choose "dot" or "l2" here')
+
 
 class DeepMemory(nn.Module):
     """See the module docstring. ``reads, state = memory(key, value, rate, retain, query, state)``."""

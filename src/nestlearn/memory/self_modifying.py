@@ -27,7 +27,10 @@ from nestlearn.memory.config import Part, SelfModifyingConfig
 from nestlearn.memory.deep import Fast, InitialWeights, Weights, deep_chunk, deep_forward, own_target, select
 from nestlearn.memory.stream import FastState, run_stream
 from nestlearn.ops.dgd_chunk import chunk_decays
+from nestlearn.ops.inner_chunk import LoopSpec
+from nestlearn.ops.inner_loop import LoopInputs, LoopState, LoopTrained
 from nestlearn.ops.pointwise import l2norm
+from nestlearn.ops.registry import Loop, Task, loop_for
 from nestlearn.ops.scan import Tensors
 
 _LOG_FLOOR = -30.0  # log α is kept above this: e⁻³⁰ of a write is nothing, and sums of logs keep their precision
@@ -40,16 +43,21 @@ class ReadOut(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(heads, width))
         self.bias = nn.Parameter(torch.empty(heads))
-        self.start = start if isinstance(start, tuple) else (start,)
+        self.start = start
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """sigmoid of the output starts near ``start``, the heads along the line through its values, in logits."""
         nn.init.normal_(self.weight, std=0.1 * self.weight.shape[-1] ** -0.5)
-        logits = [math.log(start / (1 - start)) for start in self.start]
-        with torch.no_grad():
-            for head, logit in enumerate(_along(logits, len(self.bias))):
-                self.bias[head] = logit
+        _spread(self.bias, self.start)
+
+
+def _spread(logits: Tensor, start: float | tuple[float, ...]) -> None:
+    """Fill logits (H,) so that their sigmoids lie along the line through the values of ``start``, in logits."""
+    points = [math.log(s / (1 - s)) for s in (start if isinstance(start, tuple) else (start,))]
+    with torch.no_grad():
+        for head, logit in enumerate(_along(points, len(logits))):
+            logits[head] = logit
 
 
 def _along(values: list[float], count: int) -> list[float]:
@@ -57,6 +65,20 @@ def _along(values: list[float], count: int) -> list[float]:
     at = [i * (len(values) - 1) / max(1, count - 1) for i in range(count)]
     pairs = [(values[int(a)], values[min(int(a) + 1, len(values) - 1)]) for a in at]
     return [low + (a - int(a)) * (high - low) for a, (low, high) in zip(at, pairs, strict=True)]
+
+
+class Mix(nn.Module):
+    """λ of the objective "mix", one per head: logits (H,)."""
+
+    def __init__(self, heads: int, start: float | tuple[float, ...]) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(torch.empty(heads))
+        self.start = start
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """λ starts at ``start``, the heads along its values."""
+        _spread(self.logits, self.start)
 
 
 class Gates(NamedTuple):
@@ -74,8 +96,8 @@ class Gates(NamedTuple):
 
 
 class Trained(NamedTuple):
-    """Parameters, ready for use: initial weights (M, H, ·, ·); |rate_scale| (M, H) of the written memories; both
-    read-outs' weights (H, d) and biases (H,)."""
+    """Parameters, ready for use: initial weights (M, H, ·, ·); |rate_scale| and λ (M, H) of the written memories, λ
+    only with the objective "mix"; both read-outs' weights (H, d) and biases (H,)."""
 
     w1: Tensor
     w2: Tensor
@@ -84,6 +106,7 @@ class Trained(NamedTuple):
     rate_bias: Tensor
     retain_weight: Tensor
     retain_bias: Tensor
+    mix: Tensor | None = None
 
 
 class Written(NamedTuple):
@@ -114,7 +137,7 @@ class SelfModifyingMemory(nn.Module):
     """See the module docstring. ``y, state = memory(x, query, state)``; a state of None starts new streams.
 
     Parameters: initial[name].w1 (H, d, h), .w2 (H, h, d); rate_read, retain_read .weight (H, d), .bias (H,);
-    rate_scale[name] (H,), of which the absolute value counts.
+    rate_scale[name] (H,), of which the absolute value counts; mix[name].logits (H,) of λ, with the objective "mix".
     """
 
     def __init__(self, config: SelfModifyingConfig) -> None:
@@ -126,6 +149,8 @@ class SelfModifyingMemory(nn.Module):
         self.rate_read = ReadOut(c.heads, c.head_width, c.rate_start)
         self.retain_read = ReadOut(c.heads, c.head_width, c.retain_start)
         self.rate_scale = nn.ParameterDict({n: nn.Parameter(torch.empty(c.heads)) for n in sorted(c.names)})
+        mixed = sorted(c.written) if c.objective == "mix" else []
+        self.mix = nn.ModuleDict({n: Mix(c.heads, c.mix_start) for n in mixed})
         self.reset_scales()
 
     def reset_scales(self) -> None:
@@ -181,18 +206,41 @@ class SelfModifyingMemory(nn.Module):
             return self._read_constant(x, query, state or FastState.fresh(initial, x.shape[0], c.names))
         scales = torch.stack([self.rate_scale[n] for n in c.written]).abs()
         reads = (self.rate_read.weight, self.rate_read.bias, self.retain_read.weight, self.retain_read.bias)
+        mix = (torch.stack([self.mix[n].logits for n in c.written]).sigmoid(),) if self.mix else ()  # pyright: ignore
+        loop = loop_for(self._task(x), quiet=not c.recompute)
         periods = torch.tensor([c.chunk] * (len(c.names) - 1) + [c.memory_length], device=x.device)
         y, state = run_stream(
             partial(self._step, record=record),
             FastState.fresh(initial, x.shape[0], c.names) if state is None else state,
             tuple(t.transpose(1, 2).to(dtype) for t in (x, value_input, query)),
-            Trained(*initial, *(t.to(dtype) for t in (scales, *reads))),
+            (*initial, *(t.to(dtype) for t in (scales, *reads, *mix))),
             periods,
             chunk=c.chunk,
             fresh=state is None,
             recompute=c.recompute and record is None,
+            loop=None if loop is None or record is not None else partial(self._loop, loop),
         )
         return y.transpose(1, 2).to(x.dtype), state
+
+    def _task(self, x: Tensor) -> Task:
+        """What the registry of implementations needs to know."""
+        c, dtype = self.config, inner_dtype(x.dtype)
+        only_steps = (
+            loop_limit(c) if c.recompute else "recompute is False, which asks for the path with all derivatives"
+        )
+        operands = x.dtype if x.dtype == torch.bfloat16 else dtype
+        return Task(x.device, dtype, operands, c.head_width, c.hidden_width, c.chunk, only_steps)
+
+    def _loop(self, run: Loop, live: Fast, inputs: Tensors, constants: Tensors) -> tuple[Tensor, Fast]:
+        """All chunks from a boundary on, in one function."""
+        c, trained = self.config, Trained(*constants)
+        spec = LoopSpec(
+            c.names, len(c.written), c.chunk, c.momentum, c.rate_max, c.target_norm == "l2", c.retain_to == "initial",
+            c.retention,
+        )  # fmt: skip
+        mix = torch.ones_like(trained.scales) if c.objective == "l2" else trained.mix
+        y, end = run(LoopInputs(*inputs), LoopState(*live), LoopTrained(*trained[:-1], mix), spec)
+        return y, Fast(*end)
 
     def _read_constant(self, x: Tensor, query: Tensor, state: FastState) -> tuple[Tensor, FastState]:
         """A memory that can never change is one product: y = M_memory(q), only the count of tokens moves."""
@@ -249,7 +297,7 @@ class SelfModifyingMemory(nn.Module):
         names = self.config.names[:-1]
         out = deep_forward(select(weights, slice(-1)), torch.stack([given.get(n, x) for n in names], dim=1))
         made = {name: out[:, i : i + 1] for i, name in enumerate(names)}
-        rate_weight, rate_bias, retain_weight, retain_bias = (t[..., None] for t in trained[3:])
+        rate_weight, rate_bias, retain_weight, retain_bias = (t[..., None] for t in trained[3:7])
         rate = self.config.rate_max * torch.sigmoid((made["eta"] @ rate_weight).squeeze(-1) + rate_bias)
         logit = (made["alpha"] @ retain_weight).squeeze(-1) + retain_bias
         log_retain = nn.functional.logsigmoid(logit).clamp_min(_LOG_FLOOR)
@@ -277,7 +325,9 @@ class SelfModifyingMemory(nn.Module):
         live, start = select(live, span), select(start, span)
         initial = Weights(trained.w1[span], trained.w2[span])
         first = len(c.names) - len(c.written)
-        scales = trained.scales[span.start - first : span.stop - first, :, None]
+        own = slice(span.start - first, span.stop - first)
+        scales = trained.scales[own, :, None]
+        mix = None if trained.mix is None else trained.mix[own, :, None, None]
         reading = span.stop == len(c.names)
         rule = replace(c.rule, fused=c.recompute and not observe)
         done = Written([], live, start, [])
@@ -296,11 +346,21 @@ class SelfModifyingMemory(nn.Module):
                 initial=initial,
                 query=piece.query if reading else None,
                 surprise=done.surprise if observe else None,
+                mix=mix,
             )
             done = done._replace(live=after, start=origin)
             if reads is not None:
                 done.reads.append(reads)
         return done
+
+
+def loop_limit(config: SelfModifyingConfig) -> str | None:
+    """Why the one-function loop cannot run this configuration, which then goes chunk by chunk; None if it can."""
+    if config.memory_length != config.chunk:
+        return f"memory_chunk is {config.memory_chunk}, the loop wants one chunk for all memories ({config.chunk})"
+    if not config.dgd:
+        return "dgd is False, the loop always writes with the gain x xᵀ term"
+    return "detach_writes is True, the loop has no stop-gradient" if config.detach_writes else None
 
 
 def inner_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -19,6 +19,7 @@ from nestlearn.memory.state import State
 from nestlearn.ops.scan import Tensors, scan
 
 Step = Callable[[Fast, Weights | None, Tensors, Tensors, int | None], tuple[Tensor, Fast, Weights]]
+Loop = Callable[[Fast, Tensors, Tensors], tuple[Tensor, Fast]]
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ def run_stream(
     chunk: int,
     fresh: bool,
     recompute: bool,
+    loop: Loop | None = None,
 ) -> tuple[Tensor, FastState]:
     """Fold ``step`` over a sequence, cut at multiples of ``chunk`` of each row's own stream.
 
@@ -74,13 +76,14 @@ def run_stream(
     inputs    (B, …, T, ·), batch first and time second last
     periods   (M,) chunk of each memory
     fresh     the state is at a chunk boundary for certain, so nothing needs to be looked up on the device
+    loop      (live, inputs, constants) -> (output, live): all steps from a chunk boundary on in one function
     """
     length = inputs[0].shape[-2]
     if length == 1 and not fresh:
         return _one_token(step, state, inputs, constants, periods)
     offsets = [0] if fresh else torch.unique(state.seen % chunk).tolist()
     if len(offsets) > 1:
-        return _by_offset(step, state, inputs, constants, periods, offsets, chunk=chunk, recompute=recompute)
+        return _by_offset(step, state, inputs, constants, periods, offsets, chunk=chunk, recompute=recompute, loop=loop)
     live, start = Fast(state.w1, state.w2, state.m1, state.m2), Weights(state.start1, state.start2)
     outputs, cut = [], 0
     if offsets[0]:
@@ -94,12 +97,21 @@ def run_stream(
             output, end, _ = step(Fast(*carry), None, given, fixed, 0)
             return output, end
 
-        pieces = [slice(a, a + chunk) for a in range(0, whole, chunk)]
-        output, carry = scan(fold, live, _cut(inputs, cut, cut + whole), constants, pieces, recompute=recompute)
+        given = _cut(inputs, cut, cut + whole)
+        if loop is None:
+            pieces = [slice(a, a + chunk) for a in range(0, whole, chunk)]
+            output, carry = scan(fold, live, given, constants, pieces, recompute=recompute)
+        else:
+            output, carry = loop(live, given, constants)
         live, start = Fast(*carry), Weights(carry[0], carry[1])
         outputs.append(output)
     if cut + whole < length:
-        output, live, start = step(live, None, _cut(inputs, cut + whole, length), constants, 0)
+        given = _cut(inputs, cut + whole, length)
+        if loop is None:
+            output, live, start = step(live, None, given, constants, 0)
+        else:
+            start = live.weights
+            output, live = loop(live, given, constants)
         outputs.append(output)
     output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-2)
     return output, FastState(*live, *start, state.seen + length, state.names)
@@ -130,6 +142,7 @@ def _by_offset(
     *,
     chunk: int,
     recompute: bool,
+    loop: Loop | None,
 ) -> tuple[Tensor, FastState]:
     """Rows at different places of their chunks: one run for each place, results put back in order."""
     rows = [torch.nonzero(state.seen % chunk == offset).flatten() for offset in offsets]
@@ -143,6 +156,7 @@ def _by_offset(
             chunk=chunk,
             fresh=False,
             recompute=recompute,
+            loop=loop,
         )
         for r in rows
     ]

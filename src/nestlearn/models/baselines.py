@@ -6,8 +6,8 @@
     titans          M an MLP, by gradient descent with momentum and forgetting: `memory/titans.py`      arXiv 2501.00663
     ttt_mlp         the same without either, a layer norm in the memory                      arXiv 2407.04620
 
-All of them read after the write, the matrices y = M q / √d. The Transformer is no class of its own: it is mixer
-"attention" over one level of period 1.
+All of them read after the write, the matrices y = M q / √d. The Transformer is no class of its own: it is
+Hope-Attention's mixer over one level of period 1. Samba's two layers are in `mamba2.py` and `window_attention.py`.
 
 Letters: B batch, T tokens, H heads, d head width, D = H d model width.
 """
@@ -155,9 +155,14 @@ class DecayGate(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, T, D) to α (B, T, H), in float32 at least: an α near 1 is rounded to 1 in bfloat16."""
+        return self.step_and_decay(x)[1]
+
+    def step_and_decay(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(softplus(w x + b), α): in Mamba 2 the first is how much a token writes."""
         dtype = inner_dtype(x.dtype)
         weight, bias, log_speed = (t.to(dtype) for t in (self.weight, self.bias, self.log_speed))
-        return (-log_speed.exp() * F.softplus(F.linear(x.to(dtype), weight, bias))).exp()
+        step = F.softplus(F.linear(x.to(dtype), weight, bias))
+        return step, (-log_speed.exp() * step).exp()
 
 
 def matrix_memory(frame: MemoryFrame, rule: str, chunk: int) -> LinearMemory:

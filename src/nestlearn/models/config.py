@@ -14,7 +14,7 @@ from nestlearn.errors import UserError, suggest
 from nestlearn.levels import parse_levels
 from nestlearn.memory.self_modifying import SelfModifyingConfig
 from nestlearn.models.continuum import CONNECTIONS, split_hidden
-from nestlearn.models.hope import MIXERS, ROTARY, Shape
+from nestlearn.models.hope import CONTINUUM_MIXERS, MIXER_NAMES, ROTARY, Shape, mixer_name, mixers_in_turn
 
 # What HOPE's memories start from where the paper is silent; LOG.md has the comparisons behind these values.
 # A write takes from the trained initial weights what they hold along its key. Retention towards them (``retain_to``)
@@ -33,6 +33,7 @@ HOPE_MEMORY: dict[str, Any] = {
     "w1_scale": 0.05,
     "w2_scale": 3.0,
 }
+CONTINUUM = (4096, 16384, 65536)  # HOPE's levels where none are given; the baselines have one MLP
 _DERIVED = ("heads", "head_width")  # settings of a memory that follow from the model's shape
 _SIZES = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "conv_width",
@@ -44,12 +45,14 @@ class HopeConfig(PreTrainedConfig):
     """Shape of a HOPE model; the names are Hugging Face's. Raises UserError naming the value, the rule and the fix.
 
     intermediate_size  summed hidden width of the CMS levels
-    levels             Level objects, dicts, (name, period) pairs or periods in tokens, fastest first
+    levels             Level objects, dicts, (name, period) pairs or periods in tokens, fastest first; None is HOPE's
+                       continuum for HOPE and Hope-Attention, one plain MLP (period 1) for every other mixer
     connection         "sequential", "nested" or "independent"
-    mixer              "self_modifying" (HOPE), "attention" (Hope-Attention; with levels=[1] the Transformer), or one of
-                       the others in MIXERS: see docs/baselines.md
-    window, persistent_tokens   of the sliding-window attention in "titans_mac", "titans_mag" and "titans_mal": tokens
-                       seen, the current one included; trained tokens that every token sees
+    mixer              "self_modifying" (also "hope"), "attention" (also "hope_attention"), "transformer", or one of
+                       the others in MIXER_NAMES: see docs/baselines.md
+    window             of the sliding-window attention in "samba" and the "titans_" mixers: tokens seen, the current one
+                       included
+    persistent_tokens  trained tokens that every token of "titans_mac", "titans_mag" and "titans_mal" sees
     initializer_range  standard deviation of the outer weights at the start; a narrow model learns faster from
                        hidden_size^(−1/2), as the preset tiny-cpu has it (LOG.md)
     memory             settings of SelfModifyingConfig that differ from the defaults; hidden_width defaults to the head
@@ -64,7 +67,7 @@ class HopeConfig(PreTrainedConfig):
     num_hidden_layers: int = 2
     num_attention_heads: int = 4
     intermediate_size: int = 384
-    levels: Any = (4096, 16384, 65536)
+    levels: Any = None
     connection: str = "sequential"
     mixer: str = "self_modifying"
     memory: Any = None
@@ -82,6 +85,9 @@ class HopeConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         _refuse_misspelt(kwargs)
+        self.mixer = mixer_name(self.mixer)
+        if self.levels is None:
+            self.levels = CONTINUUM if self.mixer in CONTINUUM_MIXERS else (1,)
         if isinstance(self.levels, str) or not isinstance(self.levels, Iterable):
             raise UserError(f"levels is {self.levels!r}, must be a list of levels, for example [4096, 65536]")
         self.levels = [level.to_dict() for level in parse_levels(self.levels)]
@@ -108,13 +114,18 @@ class HopeConfig(PreTrainedConfig):
 
     def shape(self) -> Shape:
         """The network this describes."""
-        for name, known in (("mixer", MIXERS), ("connection", CONNECTIONS)):
+        for name, known in (("mixer", MIXER_NAMES), ("connection", CONNECTIONS)):
             value = getattr(self, name)
             if value not in list(known):
                 raise UserError(f"{name} is {value!r}, must be one of {list(known)}{suggest(str(value), known)}")
         width = self.hidden_size // self.num_attention_heads
         if self.mixer in ROTARY and width % 2:
             raise UserError(f"hidden_size / num_attention_heads is {width}, must be even for the rotary positions")
+        if self.num_hidden_layers < len(turns := mixers_in_turn(self.mixer)):
+            raise UserError(
+                f"num_hidden_layers is {self.num_hidden_layers}, must be at least {len(turns)} with mixer "
+                f"{self.mixer!r}, whose layers are {' and '.join(turns)} in turn"
+            )
         levels = parse_levels(self.levels)
         split_hidden(self.intermediate_size, levels, self.connection)
         return Shape(

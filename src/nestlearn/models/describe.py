@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import nn
 
 from nestlearn.memory import LinearMemory, TitansMemory
-from nestlearn.models.hope import HopeBackbone
+from nestlearn.models.hope import HopeBackbone, mixers_in_turn
 from nestlearn.models.memory_layer import SelfModifyingLayer
 
 _BASELINES = {  # component, inner objective and rule of the mixers with one memory and nothing that generates for it
@@ -18,7 +18,10 @@ _BASELINES = {  # component, inner objective and rule of the mixers with one mem
     "gated_deltanet": ("matrix memory", "½‖S k − v‖²", "gated delta rule"),
     "titans": ("memory", "½‖M(k) − v‖²", "gradient descent, gated momentum"),
     "ttt_mlp": ("memory", "½‖M(k) − v‖²", "gradient descent"),
+    "mamba2": ("state space", "−⟨S k, v⟩", "Hebbian rule, selective retention"),
 }
+
+_MEMORY_OBJECTIVES = {"dot": "−⟨M(k), v̂⟩", "l2": "½‖M(k) − v̂‖²", "mix": "½ λ ‖M(k)‖² − ⟨M(k), v̂⟩"}
 
 
 class LevelRow(NamedTuple):
@@ -51,15 +54,20 @@ def count(module: nn.Module) -> int:
 def _mixer_rows(backbone: HopeBackbone) -> list[LevelRow]:
     if backbone.shape.mixer == "self_modifying":
         return _memory_rows(backbone)
-    if backbone.shape.mixer == "attention":
+    return [row for mixer in mixers_in_turn(backbone.shape.mixer) for row in _baseline_rows(backbone, mixer)]
+
+
+def _baseline_rows(backbone: HopeBackbone, mixer: str) -> list[LevelRow]:
+    window = _attention_row(f"the last {backbone.shape.window} tokens")
+    if mixer in ("attention", "transformer"):
         return [_attention_row("all tokens so far")]
-    kind, _, hybrid = backbone.shape.mixer.partition("titans_")
+    if mixer == "window_attention":
+        return [window]
+    kind, _, hybrid = mixer.partition("titans_")
     component, objective, rule = _BASELINES[kind or "titans"]
     size = sum(count(module) for module in backbone.modules() if isinstance(module, LinearMemory | TitansMemory))
-    rows = [LevelRow(component, 1, objective, "tokens of the stream", size, rule)]
-    if hybrid:
-        rows.append(_attention_row(f"the last {backbone.shape.window} tokens"))
-    return rows
+    row = LevelRow(component, 1, objective, "tokens of the stream", size, rule)
+    return [row, window] if hybrid else [row]
 
 
 def _attention_row(context: str) -> LevelRow:
@@ -68,7 +76,7 @@ def _attention_row(context: str) -> LevelRow:
 
 def _memory_rows(backbone: HopeBackbone) -> list[LevelRow]:
     c = backbone.shape.memory
-    objective = "−⟨M(k), v̂⟩" if c.objective == "dot" else "½‖M(k) − v̂‖²"
+    objective = _MEMORY_OBJECTIVES[c.objective]
     rule = ("DGD" if c.dgd else "gradient descent") + (f", momentum {c.momentum}" if c.momentum else "")
     mixers = [block.mixer for block in backbone.layers if isinstance(block.mixer, SelfModifyingLayer)]
     rows = []

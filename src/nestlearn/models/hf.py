@@ -16,7 +16,7 @@ from transformers.utils.generic import can_return_tuple
 from nestlearn.errors import UserError
 from nestlearn.levels import Level
 from nestlearn.memory.deep import InitialWeights
-from nestlearn.memory.self_modifying import ReadOut, SelfModifyingMemory
+from nestlearn.memory.self_modifying import Mix, ReadOut, SelfModifyingMemory
 from nestlearn.memory.state import State
 from nestlearn.memory.titans import InnerNorm
 from nestlearn.models.baselines import DecayGate
@@ -24,6 +24,7 @@ from nestlearn.models.config import HopeConfig
 from nestlearn.models.continuum import Continuum
 from nestlearn.models.describe import LevelRow, level_table
 from nestlearn.models.hope import HopeBackbone, HopeState
+from nestlearn.models.mamba2 import Mamba2Layer
 from nestlearn.models.memory_layer import CausalConv
 from nestlearn.models.mlp import RMSNorm
 from nestlearn.models.padding import real_spans, run_unpadded
@@ -119,7 +120,9 @@ class HopePreTrainedModel(PreTrainedModel):
             module.reset_parameters()
         elif isinstance(module, WindowAttention):
             module.reset_persistent()
-        elif isinstance(module, CausalConv | DecayGate | ReadOut):
+        elif isinstance(module, Mamba2Layer):
+            module.reset_own_parameters()
+        elif isinstance(module, CausalConv | DecayGate | Mix | ReadOut):
             _reset_what_is_not_loaded(module)
         elif isinstance(module, nn.ParameterDict):
             # Hugging Face visits the modules that hold a parameter themselves, not their owners.
@@ -132,7 +135,7 @@ class HopePreTrainedModel(PreTrainedModel):
             nn.init.ones_(module.weights)
 
 
-def _reset_what_is_not_loaded(module: CausalConv | DecayGate | ReadOut) -> None:
+def _reset_what_is_not_loaded(module: CausalConv | DecayGate | Mix | ReadOut) -> None:
     """Hugging Face protects loaded weights from the functions of nn.init only; these modules also copy and add."""
     loaded = [(p, p.clone()) for p in module.parameters() if getattr(p, "_is_hf_initialized", False)]
     module.reset_parameters()

@@ -21,6 +21,7 @@ from nestlearn.memory.titans import TitansConfig
 from nestlearn.models.attention import CausalAttention
 from nestlearn.models.baselines import DeltaNetLayer, GatedDeltaNetLayer, RetNetLayer, TitansLayer, TTTLayer
 from nestlearn.models.continuum import Continuum
+from nestlearn.models.mamba2 import Mamba2Layer
 from nestlearn.models.memory_layer import GatedDeltaLayer, SelfModifyingLayer
 from nestlearn.models.mlp import RMSNorm
 from nestlearn.models.titans_hybrids import MemoryAsContext, MemoryAsGate, MemoryAsLayer
@@ -58,13 +59,23 @@ def deep_memory(s: Shape, *, inner_norm: bool = False) -> TitansConfig:
     )
 
 
+def window_attention(s: Shape, *, persistent: int = 0) -> WindowAttention:
+    """Sliding-window attention."""
+    return WindowAttention(s.hidden_size, s.heads, window=s.window, persistent=persistent, rope_theta=s.rope_theta)
+
+
+def mamba2(s: Shape) -> Mamba2Layer:
+    """A selective state space, its keys as wide as a head of the other mixers."""
+    return Mamba2Layer(
+        s.hidden_size, s.heads, s.memory.head_width, chunk=s.memory.chunk, conv_width=s.conv_width, eps=s.eps
+    )
+
+
 def titans_hybrid(kind: Callable[..., nn.Module]) -> Callable[[Shape], nn.Module]:
     """Titans' memory with sliding-window attention."""
 
     def build(s: Shape) -> nn.Module:
-        attention = WindowAttention(
-            s.hidden_size, s.heads, window=s.window, persistent=s.persistent, rope_theta=s.rope_theta
-        )
+        attention = window_attention(s, persistent=s.persistent)
         return kind(attention, MIXERS["titans"](s), s.hidden_size, s.eps)
 
     return build
@@ -73,6 +84,7 @@ def titans_hybrid(kind: Callable[..., nn.Module]) -> Callable[[Shape], nn.Module
 MIXERS: dict[str, Callable[[Shape], nn.Module]] = {
     "self_modifying": lambda s: SelfModifyingLayer(s.hidden_size, s.memory, conv_width=s.conv_width, eps=s.eps),
     "attention": lambda s: CausalAttention(s.hidden_size, s.heads, rope_theta=s.rope_theta),
+    "transformer": lambda s: CausalAttention(s.hidden_size, s.heads, rope_theta=s.rope_theta),
     "gated_delta": delta_rule(GatedDeltaLayer),
     "retnet": lambda s: RetNetLayer(s.hidden_size, s.heads, chunk=s.memory.chunk, rope_theta=s.rope_theta, eps=s.eps),
     "deltanet": delta_rule(DeltaNetLayer),
@@ -82,9 +94,34 @@ MIXERS: dict[str, Callable[[Shape], nn.Module]] = {
     "titans_mac": titans_hybrid(MemoryAsContext),
     "titans_mag": titans_hybrid(MemoryAsGate),
     "titans_mal": titans_hybrid(MemoryAsLayer),
+    "mamba2": mamba2,
+    "window_attention": window_attention,
 }
+# Models whose layers take turns.
+TURNS = {"samba": ("mamba2", "window_attention")}
+# What config.mixer may be, and other spellings of it; "-" is as good as "_".
+MIXER_NAMES = (*MIXERS, *TURNS)
+ALIASES = {"hope": "self_modifying", "hope_attention": "attention"}
+# Mixers of HOPE: a continuum of several levels comes with them. The others are models of one MLP for each layer.
+CONTINUUM_MIXERS = ("self_modifying", "attention")
 # Mixers with rotary positions, which need an even head width.
-ROTARY = ("attention", "retnet", "titans_mac", "titans_mag", "titans_mal")
+ROTARY = (
+    "attention", "transformer", "retnet", "titans_mac", "titans_mag", "titans_mal", "window_attention", "samba",
+)  # fmt: skip
+
+
+def mixer_name(name: Any) -> Any:
+    """The name that is saved for a mixer: "hope" is "self_modifying", "ttt-mlp" is "ttt_mlp"; unknown ones as given."""
+    if not isinstance(name, str):
+        return name
+    known = name.replace("-", "_")
+    known = ALIASES.get(known, known)
+    return known if known in MIXER_NAMES else name
+
+
+def mixers_in_turn(name: str) -> tuple[str, ...]:
+    """The mixers of the first layers; further layers start again with the first."""
+    return TURNS.get(name, (name,))
 
 
 @dataclass(frozen=True)
@@ -97,10 +134,12 @@ class HopeState(State):
 class HopeBlock(nn.Module):
     """One layer: mixer, then continuum memory system."""
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: Shape, number: int) -> None:
+        """The number counts the layers from 0."""
         super().__init__()
+        turns = mixers_in_turn(shape.mixer)
         self.norm = RMSNorm(shape.hidden_size, shape.eps)
-        self.mixer = MIXERS[shape.mixer](shape)
+        self.mixer = MIXERS[turns[number % len(turns)]](shape)
         self.cms = Continuum(shape.hidden_size, shape.intermediate_size, shape.levels, shape.connection, shape.eps)
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
@@ -115,7 +154,7 @@ class HopeBackbone(nn.Module):
     def __init__(self, shape: Shape) -> None:
         super().__init__()
         self.shape = shape
-        self.blocks = nn.ModuleList(HopeBlock(shape) for _ in range(shape.layers))
+        self.blocks = nn.ModuleList(HopeBlock(shape, number) for number in range(shape.layers))
         self.norm = RMSNorm(shape.hidden_size, shape.eps)
 
     @property

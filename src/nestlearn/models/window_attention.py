@@ -1,7 +1,7 @@
 """Sliding-window attention with persistent tokens, streaming at constant size (Titans, arXiv 2501.00663, §3.3 and §4).
 
-A token sees the last ``window`` tokens, itself included, and P trained tokens that belong to no stream. With recalled
-tokens (Titans' "memory as a context") each of the stream's tokens brings a second one, seen whenever it is.
+A token sees the last ``window`` tokens, itself included, and P trained tokens (or none) that belong to no stream. With
+recalled tokens (Titans' "memory as a context") each of the stream's tokens brings a second one, seen whenever it is.
 
 Letters: B batch, T new tokens, H heads, d head width, P persistent tokens, n tokens that each position brings (1 or 2).
 """
@@ -35,12 +35,13 @@ class WindowAttention(nn.Module):
         self.heads, self.window, self.rope_theta = heads, window, rope_theta
         self.project = nn.Linear(width, 3 * width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
-        self.persistent = nn.Parameter(torch.empty(persistent, width))
+        self.persistent = nn.Parameter(torch.empty(persistent, width)) if persistent else None
         self.reset_persistent()
 
     def reset_persistent(self) -> None:
         """Normal, of the size of a normalised token."""
-        nn.init.normal_(self.persistent)
+        if self.persistent is not None:
+            nn.init.normal_(self.persistent)
 
     def init_state(self, x: Tensor, sources: int) -> WindowState:
         """Before the first token of the streams that x (B, T, width) belongs to."""
@@ -68,15 +69,19 @@ class WindowAttention(nn.Module):
         key, value = F.linear(sources, gives).unflatten(-1, (2, self.heads, -1)).permute(3, 0, 4, 1, 2, 5)
         key = rotate(key.flatten(1, 2), positions, self.rope_theta).unflatten(1, (self.heads, count))
         key, value = torch.cat([state.key, key], dim=3), torch.cat([state.value, value], dim=3)
-        mask = F.pad(self._visible(state.seen, length).repeat(1, 1, count), (len(self.persistent), 0), value=True)
-        lasting = F.linear(self.persistent, gives).unflatten(-1, (2, self.heads, -1)).permute(1, 2, 0, 3)
-        lasting = lasting[:, None].expand(-1, len(sources), -1, -1, -1)
-        all_keys, all_values = (
-            torch.cat([first, t.flatten(2, 3)], dim=2) for first, t in zip(lasting, (key, value), strict=True)
-        )
+        seen = key.flatten(2, 3), value.flatten(2, 3), self._visible(state.seen, length).repeat(1, 1, count)
+        all_keys, all_values, mask = seen if self.persistent is None else self._with_persistent(*seen, gives)
         y = F.scaled_dot_product_attention(query, all_keys, all_values, attn_mask=mask[:, None])
         y = self.out(y.transpose(1, 2).flatten(-2))
         return y, WindowState(key[..., length:, :], value[..., length:, :], state.seen + length)
+
+    def _with_persistent(self, keys: Tensor, values: Tensor, mask: Tensor, gives: Tensor) -> tuple[Tensor, ...]:
+        """The persistent tokens, which all see, put before the others."""
+        assert self.persistent is not None
+        lasting = F.linear(self.persistent, gives).unflatten(-1, (2, self.heads, -1)).permute(1, 2, 0, 3)
+        first_keys, first_values = lasting[:, None].expand(-1, len(keys), -1, -1, -1)
+        joined = torch.cat([first_keys, keys], dim=2), torch.cat([first_values, values], dim=2)
+        return *joined, F.pad(mask, (len(self.persistent), 0), value=True)
 
     def _split(self, t: Tensor) -> Tensor:
         return t.unflatten(-1, (self.heads, -1)).transpose(1, 2)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial
 
-from nestlearn.errors import UserError, suggest
+from nestlearn.errors import NotFinite, UserError, suggest
 
 
 def check_number(where: str, name: str, value: Any, *, low: float | None = None, above: float | None = None) -> None:
@@ -127,7 +127,7 @@ def _largest(grad: Tensor) -> Tensor:
 def _raise_if_not_finite(peaks: Tensor, names: Iterable[str], step: int) -> None:
     for name, peak in zip(names, peaks.tolist(), strict=True):
         if not math.isfinite(peak):
-            raise UserError(
+            raise NotFinite(
                 f"parameter {name}: its gradient is not finite at step {step}; nothing was changed. "
                 "Lower lr, clip gradients, or check the loss"
             )

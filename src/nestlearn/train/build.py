@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from nestlearn.data.batches import Batches
-from nestlearn.data.text import Corpus, read_texts, standard_library
+from nestlearn.data.text import Corpus, first_bytes, read_texts, separate_texts, standard_library
 from nestlearn.data.tokens import Tokenizer, load_tokenizer, tokenize
 from nestlearn.errors import UserError, suggest
 from nestlearn.models.quiet import no_progress_bars
@@ -39,14 +39,20 @@ class Data:
 
 def load_data(config: TrainConfig, tokenizer: Tokenizer) -> Data:
     """Reads and tokenizes the text. UserError where it is empty, unreadable or shorter than one sequence."""
-    corpus = read_corpus(config.text)
+    corpus = read_corpus(config.text, config.held_out, config.held_out_per_document)
     tokens = tokenize(corpus.train, tokenizer)
     batches = Batches(tokens, config.batch_size, config.sequence_length, config.seed)
     return Data(corpus, tokenizer, batches, tokenize(corpus.held_out, tokenizer))
 
 
-def read_corpus(text: tuple[str, ...]) -> Corpus:
-    return read_texts([Path(path) for path in text]) if text else standard_library()
+def read_corpus(text: tuple[str, ...], held_out: tuple[str, ...] = (), per_document: int | None = None) -> Corpus:
+    """``text`` split in two, or all of it and ``held_out``; of each held-out document the first bytes."""
+    paths = [Path(path) for path in text]
+    if held_out:
+        corpus = separate_texts(paths, [Path(path) for path in held_out])
+    else:
+        corpus = read_texts(paths) if text else standard_library()
+    return corpus if per_document is None else first_bytes(corpus, per_document)
 
 
 def vocabulary(config: TrainConfig) -> int:

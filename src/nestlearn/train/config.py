@@ -30,6 +30,7 @@ class TrainConfig:
     name       the preset's name, e.g. "tiny-cpu"
     model      keyword arguments of ``HopeConfig``; vocab_size is the tokenizer's unless given
     text       files and folders to read; empty: the source of the Python standard library
+    held_out   files and folders to evaluate on, ``text`` being trained on in full; empty: a split of ``text``
     tokenizer  "bytes", a `tokenizers` JSON file or a Hugging Face folder
     optimizer  of the matrices, one of OPTIMIZERS; what is not a matrix is AdamW's
     optimizer_settings  its keyword arguments that differ from its defaults, e.g. {"slow_period": 32} for "m3"
@@ -40,6 +41,7 @@ class TrainConfig:
     name: str
     model: dict[str, Any] = field(default_factory=dict)
     text: tuple[str, ...] = ()
+    held_out: tuple[str, ...] = ()
     tokenizer: str = "bytes"
     optimizer: str = "adamw"
     optimizer_settings: dict[str, Any] = field(default_factory=dict)
@@ -61,6 +63,7 @@ class TrainConfig:
 
     log_every: int = _number(40_960, "tokens between two lines of metrics.jsonl", 1)
     checkpoint_every: int = _number(1_000_000, "tokens between two checkpoints", 1)
+    held_out_per_document: int = _number(2**63 - 1, "bytes of each held-out document that are kept, at most", 1)
     held_out_tokens: int = _number(200_000, "held-out tokens that are evaluated at the end, at most", 1)
     sample_tokens: int = _number(300, "tokens of the generated sample", 1)
     compare_rate_zero: bool = False  # train a twin whose memories do not adapt, at the same budget
@@ -77,9 +80,10 @@ class TrainConfig:
         _require(self.optimizer in OPTIMIZERS, "optimizer", self.optimizer, f"one of {', '.join(OPTIMIZERS)}{near}")
         settings = self.optimizer_settings
         _require(isinstance(settings, Mapping), "optimizer_settings", settings, "a dictionary of its arguments")
-        texts = self.text if isinstance(self.text, list | tuple) else (self.text,)
-        _require(all(isinstance(path, str) for path in texts), "text", self.text, "a list of paths")
-        object.__setattr__(self, "text", tuple(texts))
+        for name in ("text", "held_out"):
+            paths = getattr(self, name) if isinstance(getattr(self, name), list | tuple) else (getattr(self, name),)
+            _require(all(isinstance(path, str) for path in paths), name, getattr(self, name), "a list of paths")
+            object.__setattr__(self, name, tuple(paths))
 
     @property
     def tokens_per_step(self) -> int:
@@ -87,7 +91,7 @@ class TrainConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """A form that strict JSON can hold; ``from_dict`` is its inverse."""
-        raw = dataclasses.asdict(self) | {"text": list(self.text)}
+        raw = dataclasses.asdict(self) | {"text": list(self.text), "held_out": list(self.held_out)}
         return {name: "inf" if value == math.inf else value for name, value in raw.items()}
 
     def command(self) -> str:
@@ -117,12 +121,12 @@ class TrainConfig:
         return TrainConfig.from_dict(raw)
 
 
-def parse_count(text: str) -> int:
+def parse_count(text: str, of: str = "tokens") -> int:
     """20k -> 20_000, 5M -> 5_000_000, 1.5G -> 1_500_000_000, 4096 -> 4096. UserError for anything else."""
     match = re.fullmatch(r"([0-9][0-9_]*\.?[0-9]*(?:[eE][0-9]+)?)([kMGB]?)", text.strip())
     count = float(match[1]) * _MULTIPLES[match[2]] if match else math.nan
     if not count >= 1 or count != round(count):
-        raise UserError(f"{text!r} is not a number of tokens: write for example 4096, 20k or 5M")
+        raise UserError(f"{text!r} is not a number of {of}: write for example 4096, 20k or 5M")
     return int(count)
 
 

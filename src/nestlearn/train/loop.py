@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nestlearn.errors import UserError
+from nestlearn.errors import NotFinite, UserError
 from nestlearn.levels import fires
 from nestlearn.train.build import Data, build_model, build_optimizer, load_model
 from nestlearn.train.checkpoint import Checkpoint, Progress, checkpoints, save_checkpoint
@@ -36,7 +36,7 @@ def train(
     """Trains to ``config.tokens``, from ``start`` or from the beginning; returns the model and where it stands.
 
     RUN/metrics.jsonl gets a line every ``log_every`` tokens, and RUN a checkpoint every ``checkpoint_every``.
-    Raises UserError where a loss or gradient is not finite (such a model is never saved), and Interrupted on Ctrl-C or
+    Raises NotFinite where a loss or gradient is not finite (such a model is never saved), and Interrupted on Ctrl-C or
     SIGTERM, after the step under way is done and saved.
     """
     model = build_model(config, data.tokenizer.vocab_size) if start is None else load_model(start.folder)
@@ -91,13 +91,13 @@ def _write_history(run: Path, progress: Progress) -> None:
 
 
 def _finite(sums: Tensor, run: Path, progress: Progress, config: TrainConfig) -> tuple[float, float]:
-    """The sums of loss and gradient norm since the last line; UserError if any step had one that is not a number."""
+    """The sums of loss and gradient norm since the last line; NotFinite if any step had one that is not a number."""
     loss, norm = sums.tolist()
     if math.isfinite(loss) and math.isfinite(norm):
         return loss, norm
     good = checkpoints(run)
     instead = f"{good[-1]} is the last good checkpoint" if good else "there is no checkpoint yet"
-    raise UserError(
+    raise NotFinite(
         f"the {'gradient' if math.isfinite(loss) else 'loss'} is {norm if math.isfinite(loss) else loss} in one of the "
         f"{progress.steps} steps before {progress.tokens:,} tokens: {instead}; try a learning_rate below "
         f"{config.learning_rate:g} or a clip_norm below {config.clip_norm:g}"

@@ -61,7 +61,7 @@ def _stages(config: TrainConfig, run: Path, start: Checkpoint | None, display: D
     data = load_data(config, tokenizer)
     display.say(data.corpus.summary)
     if start is not None:
-        _check_resumable(start, data)
+        check_resumable(start, data)
         for moved in set_aside_later(start.folder):
             display.say(f"a later checkpoint was set aside: {moved}")
 
@@ -119,7 +119,7 @@ def _train_twin(config: TrainConfig, data: Data, folder: Path, display: Display)
     return train(rate_zero(config), data, folder, start, display)[0]
 
 
-def _check_resumable(start: Checkpoint, data: Data) -> None:
+def check_resumable(start: Checkpoint, data: Data) -> None:
     if data.corpus.train.sha256 != start.corpus_sha256:
         raise UserError(
             f"the text is not the one that {start.folder} was trained on (sha256 {data.corpus.train.sha256[:12]}, not "
