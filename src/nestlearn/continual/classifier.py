@@ -1,6 +1,6 @@
 """An encoder with a classification head: one that is trained, or one that is a memory.
 
-    linear   y = W f + b                              W, b trained by gradient, from zero
+    linear   y = W f · sharpness + b                              W, b trained by gradient, from zero
     memory   y = cos(f, M_c) · sharpness,   M_c ← M_c + f     a Hebbian write of every example (NL Eq. 64)
 
     f  feature of a text, of length one        M_c  what class c remembers: the sum of its examples' features
@@ -32,7 +32,7 @@ class LinearHead(nn.Module):
         nn.init.zeros_(self.out.bias)
 
     def forward(self, features: Tensor) -> Tensor:
-        return self.out(features)
+        return self.out(SHARPNESS * features)  # of length one, too short for a softmax
 
 
 class MemoryHead(nn.Module):
