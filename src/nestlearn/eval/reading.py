@@ -59,17 +59,18 @@ class Reader:
         return [score for score in scores if score is not None]
 
     def _groups(self, found: list[Family]) -> Iterator[list[Family]]:
-        """Families to be read together, those that share most first."""
+        """Families to be read together, those that share most first; last, all rows that share nothing."""
         group: list[Family] = []
-        for family in sorted(found, key=lambda family: -family.shared):
+        for family in sorted((f for f in found if f.shared), key=lambda family: -family.shared):
             if group and (len(group) == self.batch_size or family.shared < SIMILAR * group[0].shared):
                 yield group
                 group = []
             group.append(family)
-        if group and group[0].shared == 0:  # nothing to share: one group, cut into batches by length
-            group = [Family(0, tuple(index for family in group for index in family.rows))]
         if group:
             yield group
+        alone = tuple(index for family in found if not family.shared for index in family.rows)
+        if alone:
+            yield [Family(0, alone)]  # `score` cuts it into batches by length
 
     def state_after(self, texts: Sequence[Sequence[int]]) -> Any:
         """The state of each text, at least one token long, in order. Texts of one length are read together."""
