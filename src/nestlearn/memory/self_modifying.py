@@ -95,20 +95,6 @@ class Gates(NamedTuple):
         return Gates(*(t[..., begin:end, :] for t in self[:3]), *(t[..., begin:end] for t in self[3:]))
 
 
-class Trained(NamedTuple):
-    """Parameters, ready for use: initial weights (M, H, ·, ·); |rate_scale| and λ (M, H) of the written memories, λ
-    only with the objective "mix"; both read-outs' weights (H, d) and biases (H,)."""
-
-    w1: Tensor
-    w2: Tensor
-    scales: Tensor
-    rate_weight: Tensor
-    rate_bias: Tensor
-    retain_weight: Tensor
-    retain_bias: Tensor
-    mix: Tensor | None = None
-
-
 class Written(NamedTuple):
     """Memories after a piece: reads of "memory", live and chunk-start weights, surprises if asked."""
 
@@ -233,13 +219,13 @@ class SelfModifyingMemory(nn.Module):
 
     def _loop(self, run: Loop, live: Fast, inputs: Tensors, constants: Tensors) -> tuple[Tensor, Fast]:
         """All chunks from a boundary on, in one function."""
-        c, trained = self.config, Trained(*constants)
+        c, trained = self.config, LoopTrained(*constants)
         spec = LoopSpec(
             c.names, len(c.written), c.chunk, c.momentum, c.rate_max, c.target_norm == "l2", c.retain_to == "initial",
             c.retention,
         )  # fmt: skip
         mix = torch.ones_like(trained.scales) if c.objective == "l2" else trained.mix
-        y, end = run(LoopInputs(*inputs), LoopState(*live), LoopTrained(*trained[:-1], mix), spec)
+        y, end = run(LoopInputs(*inputs), LoopState(*live), trained._replace(mix=mix), spec)
         return y, Fast(*end)
 
     def _read_constant(self, x: Tensor, query: Tensor, state: FastState) -> tuple[Tensor, FastState]:
@@ -275,7 +261,7 @@ class SelfModifyingMemory(nn.Module):
         record: list[tuple[Tensor, ...]] | None,
     ) -> tuple[Tensor, Fast, Weights]:
         """One piece of one chunk: generate, then write and read. ``start`` None: the piece begins the chunk."""
-        trained = Trained(*constants)
+        trained = LoopTrained(*constants)
         origin = live.weights if start is None else start
         gates = self._generate(origin, inputs, trained)
         parts = self.config.parts
@@ -290,7 +276,7 @@ class SelfModifyingMemory(nn.Module):
             )
         return torch.cat(done[-1].reads, dim=-2), live, start
 
-    def _generate(self, weights: Weights, inputs: Tensors, trained: Trained) -> Gates:
+    def _generate(self, weights: Weights, inputs: Tensors, trained: LoopTrained) -> Gates:
         """k, v, q, η, α of a piece, from the slow memories at the chunk's start."""
         x, value_input, query = inputs
         given = {"v": value_input, "q": query}
@@ -315,7 +301,7 @@ class SelfModifyingMemory(nn.Module):
         live: Fast,
         start: Weights,
         gates: Gates,
-        trained: Trained,
+        trained: LoopTrained,
         offset: int | None,
         *,
         observe: bool,
