@@ -72,9 +72,10 @@ def page(results: Mapping[str, Any], training: Mapping[str, Sequence[tuple[np.nd
 def _head(results: Mapping[str, Any]) -> str:
     plan, base = results["plan"], results["plan"]["base"]
     first, last = base["seed"], base["seed"] + plan["seeds"] - 1
+    seeds = f"seeds {first} to {last}" if last > first else f"seed {first}"
     what = (
-        f"{count(plan['params'])} parameters each (± 2 %), {count(base['tokens'])} tokens, "
-        f"{f'seeds {first} to {last}' if last > first else f'seed {first}'}; the same text in the same order, batches of "
+        f"{count(plan['params'])} parameters each (± 2 %), {count(base['tokens'])} tokens, {seeds}; "
+        "the same text in the same order, batches of "
         f"{base['batch_size']} × {base['sequence_length']} tokens ({base['tokenizer']}), {base['optimizer']}"
     )
     title = '<p class="kicker">nestlearn compare</p><h1>Side by side</h1>'
@@ -91,9 +92,9 @@ def _table(results: Mapping[str, Any]) -> str:
     body = "".join(f"<tr>{_cells(cells)}</tr>" for cells in rows(results))
     seeds = results["models"][0]["bits_per_byte"]["seeds"]
     lede = (
-        f"Held-out text, mean ± standard deviation over the seeds ({seeds}). Speeds and memory of training were measured "
-        "in turns, each model in a process of its own: the median of the rounds, memory beyond what the libraries hold. "
-        f"State: what a stream keeps after {results['plan']['base']['sequence_length']:,} tokens."
+        f"Held-out text, mean ± standard deviation over the seeds ({seeds}). Speeds and memory of training were "
+        "measured in turns, each model in a process of its own: the median of the rounds, memory beyond what the "
+        f"libraries hold. State: what a stream keeps after {results['plan']['base']['sequence_length']:,} tokens."
     )
     return _section("Results", lede, f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div>')
 
