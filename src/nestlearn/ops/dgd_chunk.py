@@ -142,7 +142,7 @@ def chunk_decays(log_retain: Tensor, mu: float) -> Decays:
     """All decay factors of a chunk from log α (…, C). Ratios are taken in log space: nothing overflows."""
     size = log_retain.shape[-1]
     after = log_retain.cumsum(-1)  # log γ_t
-    before = after - log_retain  # log γ_{t−1}
+    before = torch.nn.functional.pad(after[..., :-1], (1, 0))  # log γ_{t−1}, bit by bit: R'[t,t−1] is 1
     ratio = _ratios(torch.cat([before, after[..., -1:]], dim=-1), after)  # R' with R[C,:] as its last row
     kept, kept_end = before.exp()[..., None], after[..., -1:].exp()[..., None]
     retain, retain_end = ratio[..., :-1, :], ratio[..., -1, :, None]

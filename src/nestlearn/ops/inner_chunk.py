@@ -243,7 +243,6 @@ def chunk_back(
     d_end: StateGrads,
     done: Chunk,
     before: tuple[Tensor, Tensor],
-    after: tuple[Tensor, Tensor],
     frame: Frame,
     totals: Totals,
 ) -> tuple[tuple[Tensor, ...], StateGrads]:
@@ -254,8 +253,8 @@ def chunk_back(
     weights, layer1, layer2 = Weights(s1[:, :d], s2[:, :h]), done.layer1, done.layer2
     asked1, asked2 = _read_back(dy, done, before, frame, grads)
 
-    ds1, da1 = end_back(d_end.s1, after[0], s1, frame.anchor1, shares, grads, d)
-    ds2, da2 = end_back(d_end.s2, after[1], s2, frame.anchor2, shares, grads, h)
+    ds1, da1 = end_back(d_end.s1, s1, frame.anchor1, shares, grads, d)
+    ds2, da2 = end_back(d_end.s2, s2, frame.anchor2, shares, grads, h)
     dk, d_error2, d_gain2, d_share2 = solve_back(
         layer2, d_end.s2, d_end.m2, asked2.erased, asked2.updates, shares, grads
     )

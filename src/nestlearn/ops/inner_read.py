@@ -50,9 +50,10 @@ def read_back(
 ) -> ReadGrads:
     """All gradients but those of the log decays, which ``grads`` collects."""
     retain, moment = shares.retain[0], shares.moment[0]
-    log_rows(grad, done.out, done.carried, grads)
+    log_rows(grad, done.carried, shares, grads)
     d_erased = torch.bmm((done.products * retain).mT, grad).neg_()
     d_products = torch.bmm(grad, solved.erased.mT).neg_().mul_(retain)
+    grads.ratios[:, :-1].addcmul_(d_products, done.products)
     d_updates = None
     if solved.moment is not None and grads.moment is not None:
         d_updates = torch.bmm((done.products * moment).mT, grad).neg_()
