@@ -153,6 +153,21 @@ class SelfModifyingMemory(nn.Module):
         """The state before the first token of ``batch`` streams."""
         return FastState.fresh(self.initial_weights(inner_dtype(self.rate_read.bias.dtype)), batch, self.config.names)
 
+    def renewed(self, state: FastState) -> FastState:
+        """``state``, its memories that never change being the initial weights as they are now, with their gradients.
+
+        For a stream that is read on while the initial weights are trained.
+        """
+        count = len(self.config.names)
+        first = count if self.config.constant else count - len(self.config.written)
+        if not first:
+            return state
+        pair = [w[:first].expand(len(state.w1), -1, -1, -1, -1) for w in self.initial_weights(state.w1.dtype)]
+        held = {"w1": 0, "w2": 1, "start1": 0, "start2": 1}
+        return replace(
+            state, **{n: torch.cat([pair[i], getattr(state, n)[:, first:]], dim=1) for n, i in held.items()}
+        )
+
     def forward(
         self, x: Tensor, query: Tensor, state: FastState | None = None, value_input: Tensor | None = None
     ) -> tuple[Tensor, FastState]:

@@ -46,6 +46,7 @@ class TrainConfig:
     optimizer: str = "adamw"
     optimizer_settings: dict[str, Any] = field(default_factory=dict)
 
+    carry_state: bool = False  # each row of a batch goes on in the text, its state too, where the last batch ended
     tokens: int = _number(1_000_000, "tokens in all, rounded up to whole steps", 1)
     batch_size: int = _number(8, "sequences per step", 1)
     sequence_length: int = _number(512, "tokens per sequence", 2)
@@ -75,7 +76,8 @@ class TrainConfig:
         _require(isinstance(self.name, str) and self.name != "", "name", self.name, "a word")
         _require(isinstance(self.model, Mapping), "model", self.model, "a dictionary of HopeConfig's arguments")
         _require(isinstance(self.tokenizer, str), "tokenizer", self.tokenizer, "bytes or a path")
-        _require(isinstance(self.compare_rate_zero, bool), "compare_rate_zero", self.compare_rate_zero, "true or false")
+        for switch in ("compare_rate_zero", "carry_state"):
+            _require(isinstance(getattr(self, switch), bool), switch, getattr(self, switch), "true or false")
         near = suggest(str(self.optimizer), OPTIMIZERS)
         _require(self.optimizer in OPTIMIZERS, "optimizer", self.optimizer, f"one of {', '.join(OPTIMIZERS)}{near}")
         settings = self.optimizer_settings
