@@ -19,9 +19,9 @@ from nestlearn.memory.deep import InitialWeights
 from nestlearn.memory.self_modifying import Mix, ReadOut, SelfModifyingMemory
 from nestlearn.memory.state import State
 from nestlearn.memory.titans import InnerNorm
+from nestlearn.models.attention import CausalAttention
 from nestlearn.models.baselines import DecayGate
 from nestlearn.models.config import HopeConfig
-from nestlearn.models.attention import CausalAttention
 from nestlearn.models.continuum import Continuum
 from nestlearn.models.describe import LevelRow, level_table
 from nestlearn.models.hope import HopeBackbone, HopeState
@@ -286,8 +286,8 @@ class HopeForCausalLM(HopePreTrainedModel, GenerationMixin):
         """UserError where a state cannot be carried through a long stream, because it grows with it."""
         if any(isinstance(block.mixer, CausalAttention) for block in self.model.layers):
             raise UserError(
-                f"the mixer {self.config.mixer!r} keeps every token, so its state cannot be carried from batch to batch: "
-                "set carry_state=false or take a mixer whose state has one size"
+                f"the mixer {self.config.mixer!r} keeps every token, so its state cannot be carried from batch to "
+                "batch: set carry_state=false or take a mixer whose state has one size"
             )
 
     def after_step(self, fired: set[float]) -> None:
