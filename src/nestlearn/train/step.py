@@ -29,7 +29,8 @@ def train_step(
     """Learns from one batch; ``tokens`` were seen before it. ``stream`` is its rows' state, None for new streams."""
     device = next(model.parameters()).device
     past = None if stream is None else model.continued(stream)
-    out = model(batch.inputs.to(device), past_key_values=past, use_cache=config.carry_state)
+    packed = {} if batch.positions is None else {"position_ids": batch.positions}
+    out = model(batch.inputs.to(device), past_key_values=past, use_cache=config.carry_state, **packed)
     loss = F.cross_entropy(out.logits.float().flatten(0, 1), batch.targets.to(device).flatten())
     loss.backward()
     norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
