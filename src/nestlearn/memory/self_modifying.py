@@ -164,9 +164,7 @@ class SelfModifyingMemory(nn.Module):
             return state
         pair = [w[:first].expand(len(state.w1), -1, -1, -1, -1) for w in self.initial_weights(state.w1.dtype)]
         held = {"w1": 0, "w2": 1, "start1": 0, "start2": 1}
-        return replace(
-            state, **{n: torch.cat([pair[i], getattr(state, n)[:, first:]], dim=1) for n, i in held.items()}
-        )
+        return replace(state, **{n: torch.cat([pair[i], getattr(state, n)[:, first:]], dim=1) for n, i in held.items()})
 
     def forward(
         self, x: Tensor, query: Tensor, state: FastState | None = None, value_input: Tensor | None = None
@@ -220,6 +218,8 @@ class SelfModifyingMemory(nn.Module):
             fresh=state is None,
             recompute=c.recompute and record is None,
             loop=None if loop is None or record is not None else partial(self._loop, loop),
+            truncate=c.truncate,
+            static=len(c.names) - len(c.written),
         )
         return y.transpose(1, 2).to(x.dtype), state
 
@@ -237,7 +237,7 @@ class SelfModifyingMemory(nn.Module):
         c, trained = self.config, LoopTrained(*constants)
         spec = LoopSpec(
             c.names, len(c.written), c.chunk, c.momentum, c.rate_max, c.target_norm == "l2", c.retain_to == "initial",
-            c.retention, c.read == "after",
+            c.retention, c.read == "after", c.kept_every(inputs[0].shape[-2]),
         )  # fmt: skip
         mix = torch.ones_like(trained.scales) if c.objective == "l2" else trained.mix
         y, end = run(LoopInputs(*inputs), LoopState(*live), trained._replace(mix=mix), spec)
