@@ -69,12 +69,14 @@ class Shares(NamedTuple):
             plain.moment[None], -plain.moment_end.repeat(maps, 1, 1), -plain.power_end, plain.mu_end, plain,
         )  # fmt: skip
 
-    def last(self, count: int) -> Shares:
-        """For the last map alone, of ``count`` heads and rows."""
-        leak, leak_end = (t if t is None else t[-count:] for t in (self.leak, self.leak_end))
-        return Shares(
-            self.kept[-count:], self.kept_end[-count:], self.retain, self.retain_end[-count:], leak, leak_end,
-            self.moment, self.moment_end[-count:], self.power_end, self.mu_end, self.plain,
+    def last(self, count: int, *, after: bool) -> Shares:
+        """For reads of the last map alone, of ``count`` heads and rows, before or after a token's own write."""
+        plain = self.plain.after() if after else self.plain
+        return self._replace(
+            kept=plain.kept, retain=plain.retain[None], leak=plain.leak, moment=plain.moment[None],
+            kept_end=self.kept_end[-count:], retain_end=self.retain_end[-count:],
+            leak_end=None if self.leak_end is None else self.leak_end[-count:],
+            moment_end=self.moment_end[-count:],
         )  # fmt: skip
 
 
@@ -166,15 +168,19 @@ def carry_back(
     return dx.baddbmm_(held, anchor), d_state, torch.bmm(held.mT, x)
 
 
-def log_rows(d_share: Tensor, carried: Carried, shares: Shares, grads: LogGrads) -> None:
-    """Collect γ'_t ⟨dright_t, (S₀ − A) x_t⟩ and the leak's part."""
+def log_rows(d_share: Tensor, carried: Carried, shares: Shares, grads: LogGrads, first: int = 0) -> None:
+    """Collect γ'_t ⟨dright_t, (S₀ − A) x_t⟩ and the leak's part.
+
+    first  1 where token t has the decays of row t + 1: reads after its own write
+    """
+    rows = slice(first, first + d_share.shape[-2])
     count, out = len(grads.rows), d_share.shape[-1]
     free = carried.moved[..., :out]
     if carried.anchored is not None:
         free = free - carried.anchored
-    grads.rows[:, :-1] += over_maps((d_share * free).sum(-1) * shares.kept.squeeze(-1), count)
+    grads.rows[:, rows] += over_maps((d_share * free).sum(-1) * shares.kept.squeeze(-1), count)
     if grads.leak is not None:
-        grads.leak[:, :-1] += over_maps((d_share * carried.moved[..., out:]).sum(-1), count)
+        grads.leak[:, rows] += over_maps((d_share * carried.moved[..., out:]).sum(-1), count)
 
 
 def solve(x: Tensor, gram: Tensor, g: Tensor, rate: Tensor, carried: Carried, shares: Shares) -> Solved:
