@@ -97,8 +97,7 @@ def _costs(result: dict[str, Any]) -> str:
     if "failed" in result:
         return f"broke down: {result['failed']}"
     return (
-        f"{result['train_tokens_per_second']:,.0f} tokens/s of training, "
-        f"{result['train_peak_bytes'] / 2**20:,.0f} MiB"
+        f"{result['train_tokens_per_second']:,.0f} tokens/s of training, {result['train_peak_bytes'] / 2**20:,.0f} MiB"
     )
 
 
