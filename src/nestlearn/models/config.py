@@ -14,6 +14,7 @@ from nestlearn.errors import UserError, suggest
 from nestlearn.levels import parse_levels
 from nestlearn.memory.self_modifying import SelfModifyingConfig
 from nestlearn.models.continuum import CONNECTIONS, split_hidden
+from nestlearn.models.in_context import in_context_levels
 from nestlearn.models.hope import CONTINUUM_MIXERS, MIXER_NAMES, ROTARY, Shape, mixer_name, mixers_in_turn
 
 # What HOPE's memories start from where the paper is silent; LOG.md has the comparisons behind these values.
@@ -55,6 +56,8 @@ class HopeConfig(PreTrainedConfig):
     persistent_tokens  trained tokens that every token of "titans_mac", "titans_mag" and "titans_mal" sees
     initializer_range  standard deviation of the outer weights at the start; a narrow model learns faster from
                        hidden_size^(−1/2), as the preset tiny-cpu has it (LOG.md)
+    in_context         the levels that are to learn in context, as the model is trained for: {name of a level: settings},
+                       the settings of OnlineLevel but name and weights; lr is where the learned rate starts
     memory             settings of SelfModifyingConfig that differ from the defaults; hidden_width defaults to the head
                        width. Kept and saved in full, so that a checkpoint does not depend on the defaults of its reader
     """
@@ -74,6 +77,7 @@ class HopeConfig(PreTrainedConfig):
     conv_width: int = 4
     window: int = 64
     persistent_tokens: int = 4
+    in_context: Any = None
     rope_theta: float = 10_000.0
     rms_norm_eps: float = 1e-6
     initializer_range: float = 0.02
@@ -94,6 +98,7 @@ class HopeConfig(PreTrainedConfig):
         self._check_numbers()
         settings = {k: v for k, v in asdict(self.memory_config()).items() if k not in _DERIVED}
         self.memory = {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}
+        self.in_context = in_context_levels(self.in_context, [level["name"] for level in self.levels])
         super().__post_init__(**kwargs)
         self.shape()
 
@@ -128,6 +133,11 @@ class HopeConfig(PreTrainedConfig):
             )
         levels = parse_levels(self.levels)
         split_hidden(self.intermediate_size, levels, self.connection)
+        if all(level.layers < 1 for level in levels) or (self.connection == "nested" and any(x.layers < 1 for x in levels)):
+            raise UserError(
+                f"levels have the shares of layers {[level.layers for level in levels]}: at least one must be 1, and all "
+                "of nested ones"
+            )
         return Shape(
             self.hidden_size,
             self.num_hidden_layers,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -21,12 +22,29 @@ class StepResult(NamedTuple):
     gradient_norm: Tensor  # () L2, before clipping
 
 
-def train_step(model: Any, optimizer: Leveled, batch: Batch, tokens: int, config: TrainConfig) -> StepResult:
-    """Learns from one batch; ``tokens`` were seen before it."""
+# Adds the gradient of a batch's mean loss to ``.grad`` and returns that loss (); ``tokens`` were seen before it.
+Gradient = Callable[[Any, Batch, int, TrainConfig], Tensor]
+
+
+def next_token_gradient(model: Any, batch: Batch, tokens: int, config: TrainConfig) -> Tensor:
+    """The ordinary one."""
     device = next(model.parameters()).device
     logits = model(batch.inputs.to(device), use_cache=False).logits
     loss = F.cross_entropy(logits.float().flatten(0, 1), batch.targets.to(device).flatten())
     loss.backward()
+    return loss
+
+
+def train_step(
+    model: Any,
+    optimizer: Leveled,
+    batch: Batch,
+    tokens: int,
+    config: TrainConfig,
+    gradient: Gradient = next_token_gradient,
+) -> StepResult:
+    """Learns from one batch; ``tokens`` were seen before it."""
+    loss = gradient(model, batch, tokens, config)
     norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
     set_learning_rate(optimizer, learning_rate(config, tokens + batch.inputs.numel()))
     optimizer.step(tokens=batch.inputs.numel())
