@@ -6,7 +6,7 @@ Bytes of the standard library; a sliding-window Transformer whose last layers ha
 context. Three models begin with equal weights and read the same batches: trained as ever ("none"), through the inner
 steps in the first order, and exactly. Measured: held-out bits per byte, read as ever ("frozen") and by an OnlineLearner
 with the levels as learned ("adapted"; the model trained as ever with the rate the others started from, and with the
-best of several); seconds of training, and the peak memory of one step in a process of its own.
+best of several); processor seconds of training, and the peak memory of one step in a process of its own.
 """
 
 from __future__ import annotations
@@ -62,11 +62,11 @@ def make_learner(order: str, args: argparse.Namespace) -> MetaLearner:
 
 
 def train(order: str, tokens: np.ndarray, args: argparse.Namespace) -> tuple[MetaLearner, float]:
-    """The learner, its model trained, and the seconds of all steps."""
+    """The learner, its model trained, and the processor seconds of all steps."""
     learner = make_learner(order, args)
     optimizer = torch.optim.AdamW([*learner.model.parameters(), learner.log_rates], lr=args.rate, weight_decay=0.01)
     batches = Batches(tokens, args.batch, args.length, args.seed)
-    state, begin = batches.initial(), time.perf_counter()
+    state, begin = batches.initial(), time.process_time()
     for step in range(1, args.steps + 1):
         batch, state = batches.next(state)
         ids = torch.cat([batch.inputs, batch.targets[:, -1:]], dim=1)
@@ -79,7 +79,7 @@ def train(order: str, tokens: np.ndarray, args: argparse.Namespace) -> tuple[Met
         optimizer.step()
         if step % 50 == 0:
             print(f"  {order} step {step}: {float(loss.mean()) / math.log(2):.3f} bits per byte", flush=True)
-    return learner, time.perf_counter() - begin
+    return learner, time.process_time() - begin
 
 
 @torch.no_grad()
@@ -99,7 +99,7 @@ def measure(order: str, text: tuple[np.ndarray, np.ndarray], args: argparse.Name
     learner, seconds = train(order, text[0], args)
     model = learner.model.eval()
     rows = torch.from_numpy(text[1][: args.streams * args.read].astype(np.int64)).view(args.streams, args.read)
-    found: dict[str, Any] = {"seconds": round(seconds, 1), "frozen": summary(frozen(model, rows))}
+    found: dict[str, Any] = {"processor seconds": round(seconds, 1), "frozen": summary(frozen(model, rows))}
     rates = RATES if order == "none" else [learner.levels[0].lr]
     for rate in rates:
         found[f"adapted at {rate:.3g}"] = summary(adapted(model, make_levels(args, rate), rows))
@@ -139,7 +139,7 @@ def most_memory() -> int:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    whole = {"--steps": 150, "--batch": 8, "--length": 256, "--period": 64, "--width": 64, "--layers": 4,
+    whole = {"--steps": 150, "--batch": 4, "--length": 256, "--period": 64, "--width": 64, "--layers": 4,
              "--window": 32, "--seed": 0, "--streams": 16, "--read": 1024}  # fmt: skip
     for name, default in whole.items():
         parser.add_argument(name, type=int, default=default)
