@@ -49,7 +49,7 @@ def loss(
 
         own = {n: now[n] for n in names}
         if functional:
-            grads = torch.func.grad(lambda adapted: piece(adapted)[0])(own)  # noqa: B023
+            grads = torch.func.grad(lambda adapted: piece(adapted)[0])(own)
             value, past = piece({})
         else:
             value, past = piece(own)

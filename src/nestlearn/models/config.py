@@ -14,8 +14,8 @@ from nestlearn.errors import UserError, suggest
 from nestlearn.levels import parse_levels
 from nestlearn.memory.self_modifying import SelfModifyingConfig
 from nestlearn.models.continuum import CONNECTIONS, split_hidden
-from nestlearn.models.in_context import in_context_levels
 from nestlearn.models.hope import CONTINUUM_MIXERS, MIXER_NAMES, ROTARY, Shape, mixer_name, mixers_in_turn
+from nestlearn.models.in_context import in_context_levels
 
 # What HOPE's memories start from where the paper is silent; LOG.md has the comparisons behind these values.
 # A write takes from the trained initial weights what they hold along its key. Retention towards them (``retain_to``)
@@ -56,8 +56,8 @@ class HopeConfig(PreTrainedConfig):
     persistent_tokens  trained tokens that every token of "titans_mac", "titans_mag" and "titans_mal" sees
     initializer_range  standard deviation of the outer weights at the start; a narrow model learns faster from
                        hidden_size^(−1/2), as the preset tiny-cpu has it (LOG.md)
-    in_context         the levels that are to learn in context, as the model is trained for: {name of a level: settings},
-                       the settings of OnlineLevel but name and weights; lr is where the learned rate starts
+    in_context         the levels that the model is trained to change in context: {name of a level: settings}, those of
+                       OnlineLevel but name and weights; lr is where the learned rate starts
     memory             settings of SelfModifyingConfig that differ from the defaults; hidden_width defaults to the head
                        width. Kept and saved in full, so that a checkpoint does not depend on the defaults of its reader
     """
@@ -133,10 +133,10 @@ class HopeConfig(PreTrainedConfig):
             )
         levels = parse_levels(self.levels)
         split_hidden(self.intermediate_size, levels, self.connection)
-        if all(level.layers < 1 for level in levels) or (self.connection == "nested" and any(x.layers < 1 for x in levels)):
+        shares = [level.layers for level in levels]
+        if max(shares) < 1 or (self.connection == "nested" and min(shares) < 1):
             raise UserError(
-                f"levels have the shares of layers {[level.layers for level in levels]}: at least one must be 1, and all "
-                "of nested ones"
+                f"levels have the shares of layers {shares}: at least one must be 1, and all of nested ones"
             )
         return Shape(
             self.hidden_size,

@@ -1,6 +1,6 @@
 """The levels that a model was trained to change in context, and how fast: part of the model, saved with it.
 
-    η = exp(λ)        one inner rate for each level, learned with everything else (continual/meta.py)
+η = exp(λ)        one inner rate for each level, learned with everything else (continual/meta.py)
 """
 
 from __future__ import annotations
@@ -23,10 +23,12 @@ def in_context_levels(given: Any, names: Sequence[str]) -> dict[str, dict[str, A
     if not given:
         return None
     if not isinstance(given, Mapping) or not all(isinstance(own, Mapping) for own in given.values()):
-        raise UserError(f"in_context is {given!r}: must be a level's settings by its name, {{'fast': {{'period': 64}}}}")
+        raise UserError(
+            f"in_context is {given!r}: must be a level's settings by its name, {{'fast': {{'period': 64}}}}"
+        )
     for name, own in given.items():
         if name not in names:
-            raise UserError(f"in_context names the level {name!r}{suggest(str(name), names)}: the levels are {list(names)}")
+            raise UserError(f"in_context names the level {name!r}{suggest(str(name), names)}: there are {list(names)}")
         for key in own:
             if key not in SETTINGS:
                 raise UserError(f"in_context.{name} has the unknown key {key!r}{suggest(str(key), SETTINGS)}")

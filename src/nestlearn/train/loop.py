@@ -45,7 +45,7 @@ def train(
     SIGTERM, after the step under way is done and saved. gradient: of a step; None: the ordinary one.
     """
     if bool(config.meta) != (gradient is not None):
-        raise UserError(f"meta is {config.meta!r}: give gradient=nestlearn.continual.meta_training.meta_gradient(config)")
+        raise UserError(f"meta is {config.meta!r}: give gradient=meta_gradient(config) with it, or neither")
     model = build_model(config, data.tokenizer.vocab_size) if start is None else load_model(start.folder)
     optimizer = build_optimizer(config, model)
     progress = Progress(data.batches.initial()) if start is None else start.progress
@@ -61,9 +61,7 @@ def train(
     with _stop_signals() as signalled, open(run / METRICS, "a", encoding="utf-8") as metrics, bar:
         while progress.tokens < config.tokens and not stop:
             batch, progress.batches = data.batches.next(progress.batches)
-            result = train_step(
-                model, optimizer, batch, progress.tokens, config, gradient or next_token_gradient
-            )
+            result = train_step(model, optimizer, batch, progress.tokens, config, gradient or next_token_gradient)
             sums += torch.stack(result)  # on the device: nothing here waits for the step
             before, progress.tokens = progress.tokens, progress.tokens + batch.inputs.numel()
             progress.steps += 1
