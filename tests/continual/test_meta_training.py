@@ -107,5 +107,10 @@ def test_clear_errors(tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             HopeConfig(**MODEL, in_context=given)
-    with pytest.raises(UserError, match="at least one must be 1"):
+    with pytest.raises(UserError, match="at least one is 1"):
         HopeConfig(levels=[{"name": "a", "period": 1, "hidden_size": 384, "layers": 0.5}])
+
+
+def test_streams_are_not_carried(tmp_path):
+    with pytest.raises(UserError, match="carry_state is true, but the sequences of meta"):
+        settings(tmp_path, carry_state=True)

@@ -42,6 +42,7 @@ def test_a_variant_of_the_ablation_differs_from_hope_in_what_it_says():
         "chunk 1": {"chunk": 1},
         "chunk 16": {"chunk": 16},
         "chunk 256": {"chunk": 256},
+        "read after the write": {"read": "after"},
         "target norm none": {"target_norm": "none"},
     }
     assert len(memory("no CMS").levels) == 1

@@ -15,6 +15,7 @@ from nestlearn.continual.meta import MetaLearner
 from nestlearn.continual.online_level import online_levels
 from nestlearn.data.batches import Batch
 from nestlearn.errors import UserError
+from nestlearn.memory.state import State
 from nestlearn.train.config import ORDERS, TrainConfig
 from nestlearn.train.step import Gradient
 
@@ -41,11 +42,15 @@ class MetaGradient:
     def __init__(self) -> None:
         self._learner: MetaLearner | None = None
 
-    def __call__(self, model: Any, batch: Batch, tokens: int, config: TrainConfig) -> Tensor:
+    def __call__(
+        self, model: Any, batch: Batch, tokens: int, config: TrainConfig, stream: State | None
+    ) -> tuple[Tensor, None]:
+        assert stream is None  # TrainConfig refuses carry_state with meta
         if self._learner is None or self._learner.model is not model:
             rates, order = model.inner_rates.log_rate, config.meta.get("order", ORDERS[0])
             self._learner = MetaLearner(model, online_levels(model), order=order, log_rates=rates)
         ids = torch.cat([batch.inputs, batch.targets[:, -1:]], dim=1)
         warmup = config.meta.get("warmup", WARMUP) * config.tokens
         seen = tokens + batch.inputs.numel()
-        return self._learner.backward(ids, rate_scale=min(1.0, seen / warmup) if warmup else 1.0).mean()
+        losses = self._learner.backward(ids, rate_scale=min(1.0, seen / warmup) if warmup else 1.0)
+        return losses.mean(), None

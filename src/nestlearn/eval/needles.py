@@ -27,14 +27,14 @@ NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. The
 NEW_TOKENS = 128  # room for the answer; it counts towards the length
 DEPTHS = [round(100 * step / 39) for step in range(40)]  # percent
 
-_ADJECTIVES = (
+ADJECTIVES = (
     "able bitter calm distant eager faint gentle hollow idle jolly keen lively mellow narrow odd plain quick rapid "
     "silent tender upbeat vivid weary young zesty bold crisp damp elegant fierce grand humble icy loyal modest noble"
-)
-_NOUNS = (
+).split()
+NOUNS = (
     "anchor basket candle desert engine feather garden hammer island jacket kettle ladder market needle orchard pencil "
     "quarry ribbon saddle tunnel umbrella valley window yard zipper bridge cotton dragon forest glacier harbor lantern"
-)
+).split()
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def samples(
 
 def sample_of(task: Needles, words: Sequence[str], units: int, rng: random.Random) -> Sample:
     """One sample with `units` words of an essay, or so many sentences of noise."""
-    keys = rng.sample([f"{a}-{n}" for a in _ADJECTIVES.split() for n in _NOUNS.split()], task.keys)
+    keys = rng.sample([f"{a}-{n}" for a in ADJECTIVES for n in NOUNS], task.keys)
     values = {key: [_value(task.kind, rng) for _ in range(task.values)] for key in keys}
     needles = [NEEDLE.format(kind=task.kind, key=key, value=v) for key in keys for v in values[key]]
     rng.shuffle(needles)

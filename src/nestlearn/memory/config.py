@@ -11,6 +11,7 @@ from nestlearn.errors import UserError, suggest
 from nestlearn.memory.deep import WriteRule
 
 SLOW = ("k", "v", "eta", "alpha")
+READ = ("before", "after")
 
 
 class Part(NamedTuple):
@@ -36,6 +37,7 @@ class SelfModifyingConfig:
     adaptive              which of k, v, eta, alpha adapt; "q" adds an adaptive query memory
     retention, dgd        False: α = 1; False: plain gradient descent
     retain_to             "zero" (the letter) or "initial"
+    read                  y_t reads "before" (the letter) or "after" the write of token t
     rate_start, retain_start   η / rate_max and α for a zero input read-out, each in (0, 1); several values spread the
                           heads along them, in logits: memories of several time scales
     slow_rate_scale       start of rate_scale for k, v, eta, alpha; 1 is the letter
@@ -63,6 +65,7 @@ class SelfModifyingConfig:
     slow_rate_scale: float = 1.0
     w1_scale: float = 1.0
     w2_scale: float = 1.0
+    read: str = "before"
     detach_writes: bool = False
     recompute: bool = True
 
@@ -79,6 +82,8 @@ class SelfModifyingConfig:
         for name in ("retention", "dgd", "detach_writes", "recompute"):
             if not isinstance(getattr(self, name), bool):
                 raise UserError(f"{name} is {getattr(self, name)!r}, must be True or False")
+        if self.read not in READ:
+            raise UserError(f"read is {self.read!r}, must be one of {list(READ)}{suggest(str(self.read), READ)}")
         for name in self.adaptive:
             if name not in (*SLOW, "q"):
                 raise UserError(f"adaptive names {name!r}, must be among {[*SLOW, 'q']}{suggest(str(name), SLOW)}")

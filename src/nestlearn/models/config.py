@@ -135,9 +135,7 @@ class HopeConfig(PreTrainedConfig):
         split_hidden(self.intermediate_size, levels, self.connection)
         shares = [level.layers for level in levels]
         if max(shares) < 1 or (self.connection == "nested" and min(shares) < 1):
-            raise UserError(
-                f"levels have the shares of layers {shares}: at least one must be 1, and all of nested ones"
-            )
+            raise UserError(f"levels have the shares of layers {shares}: at least one is 1, and all nested ones")
         return Shape(
             self.hidden_size,
             self.num_hidden_layers,

@@ -21,6 +21,7 @@ from nestlearn.memory.state import State
 from nestlearn.memory.titans import InnerNorm
 from nestlearn.models.baselines import DecayGate
 from nestlearn.models.config import HopeConfig
+from nestlearn.models.attention import CausalAttention
 from nestlearn.models.continuum import Continuum
 from nestlearn.models.describe import LevelRow, level_table
 from nestlearn.models.hope import HopeBackbone, HopeState
@@ -277,6 +278,19 @@ class HopeForCausalLM(HopePreTrainedModel, GenerationMixin):
         """Every parameter's multiplier of the learning rate."""
         levels = self.parameter_levels()
         return {name: levels[name].lr_scale if name in levels else 1.0 for name, _ in self.named_parameters()}
+
+    def continued(self, state: HopeState) -> HopeCache:
+        """The cache to read on from ``state``, which the weights have learned since."""
+        device = next(self.parameters()).device
+        return HopeCache(self.model.renewed(state.to(device)), 0)
+
+    def check_carried(self) -> None:
+        """UserError where a state cannot be carried through a long stream, because it grows with it."""
+        if any(isinstance(block.mixer, CausalAttention) for block in self.model.layers):
+            raise UserError(
+                f"the mixer {self.config.mixer!r} keeps every token, so its state cannot be carried from batch to batch: "
+                "set carry_state=false or take a mixer whose state has one size"
+            )
 
     def after_step(self, fired: set[float]) -> None:
         """To be called after an optimizer step with the periods of the levels that changed (nested levels restart)."""

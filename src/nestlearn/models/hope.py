@@ -193,6 +193,13 @@ class HopeBackbone(nn.Module):
             states.append(after)
         return self.norm(x), HopeState(tuple(states))
 
+    def renewed(self, state: HopeState) -> HopeState:
+        """``state`` to read on from after a training step: what is not a state of the stream is as it is now."""
+        pairs = zip(self.layers, state.layers, strict=True)
+        return HopeState(
+            tuple(b.mixer.renewed(s) if isinstance(b.mixer, SelfModifyingLayer) else s for b, s in pairs)  # pyright: ignore[reportArgumentType]
+        )
+
     def restart(self, fired: set[float]) -> None:
         """See `Continuum.restart`."""
         for block in self.layers:

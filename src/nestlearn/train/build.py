@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from nestlearn.data.batches import Batches
+from nestlearn.data.batches import Batches, Streams
 from nestlearn.data.text import Corpus, first_bytes, read_texts, separate_texts, standard_library
 from nestlearn.data.tokens import Tokenizer, load_tokenizer, tokenize
 from nestlearn.errors import UserError, suggest
@@ -28,7 +28,7 @@ class Data:
 
     corpus: Corpus
     tokenizer: Tokenizer
-    batches: Batches
+    batches: Batches | Streams
     held_out: np.ndarray
 
     @property
@@ -41,7 +41,10 @@ def load_data(config: TrainConfig, tokenizer: Tokenizer) -> Data:
     """Reads and tokenizes the text. UserError where it is empty, unreadable or shorter than one sequence."""
     corpus = read_corpus(config.text, config.held_out, config.held_out_per_document)
     tokens = tokenize(corpus.train, tokenizer)
-    batches = Batches(tokens, config.batch_size, config.sequence_length, config.seed)
+    if config.carry_state:
+        batches = Streams(tokens, config.batch_size, config.sequence_length)
+    else:
+        batches = Batches(tokens, config.batch_size, config.sequence_length, config.seed)
     return Data(corpus, tokenizer, batches, tokenize(corpus.held_out, tokenizer))
 
 

@@ -51,6 +51,7 @@ class TrainConfig:
     optimizer_settings: dict[str, Any] = field(default_factory=dict)
     meta: dict[str, Any] = field(default_factory=dict)
 
+    carry_state: bool = False  # each row of a batch goes on in the text, its state too, where the last batch ended
     tokens: int = _number(1_000_000, "tokens in all, rounded up to whole steps", 1)
     batch_size: int = _number(8, "sequences per step", 1)
     sequence_length: int = _number(512, "tokens per sequence", 2)
@@ -80,12 +81,17 @@ class TrainConfig:
         _require(isinstance(self.name, str) and self.name != "", "name", self.name, "a word")
         _require(isinstance(self.model, Mapping), "model", self.model, "a dictionary of HopeConfig's arguments")
         _require(isinstance(self.tokenizer, str), "tokenizer", self.tokenizer, "bytes or a path")
-        _require(isinstance(self.compare_rate_zero, bool), "compare_rate_zero", self.compare_rate_zero, "true or false")
+        for switch in ("compare_rate_zero", "carry_state"):
+            _require(isinstance(getattr(self, switch), bool), switch, getattr(self, switch), "true or false")
         near = suggest(str(self.optimizer), OPTIMIZERS)
         _require(self.optimizer in OPTIMIZERS, "optimizer", self.optimizer, f"one of {', '.join(OPTIMIZERS)}{near}")
         settings = self.optimizer_settings
         _require(isinstance(settings, Mapping), "optimizer_settings", settings, "a dictionary of its arguments")
         _check_meta(self.meta)
+        if self.meta and self.carry_state:
+            raise UserError(
+                "carry_state is true, but the sequences of meta begin new streams: set one of them"
+            )
         for name in ("text", "held_out"):
             paths = getattr(self, name) if isinstance(getattr(self, name), list | tuple) else (getattr(self, name),)
             _require(all(isinstance(path, str) for path in paths), name, getattr(self, name), "a list of paths")

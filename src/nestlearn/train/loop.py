@@ -47,6 +47,8 @@ def train(
     if bool(config.meta) != (gradient is not None):
         raise UserError(f"meta is {config.meta!r}: give gradient=meta_gradient(config) with it, or neither")
     model = build_model(config, data.tokenizer.vocab_size) if start is None else load_model(start.folder)
+    if config.carry_state:
+        model.check_carried()
     optimizer = build_optimizer(config, model)
     progress = Progress(data.batches.initial()) if start is None else start.progress
     if start is not None:
@@ -60,9 +62,13 @@ def train(
     bar = display.training(config.name, progress.tokens, config.tokens)
     with _stop_signals() as signalled, open(run / METRICS, "a", encoding="utf-8") as metrics, bar:
         while progress.tokens < config.tokens and not stop:
+            stream = None if data.batches.begins(progress.batches) else progress.stream
             batch, progress.batches = data.batches.next(progress.batches)
-            result = train_step(model, optimizer, batch, progress.tokens, config, gradient or next_token_gradient)
-            sums += torch.stack(result)  # on the device: nothing here waits for the step
+            result = train_step(
+                model, optimizer, batch, progress.tokens, config, stream, gradient or next_token_gradient
+            )
+            progress.stream = result.stream
+            sums += torch.stack(result[:2])  # on the device: nothing here waits for the step
             before, progress.tokens = progress.tokens, progress.tokens + batch.inputs.numel()
             progress.steps += 1
             display.advance(progress.tokens)

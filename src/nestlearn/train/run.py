@@ -86,6 +86,7 @@ def _stages(
     display.say(
         f"held out: {held_out.bits_per_byte:.3f} bits per byte of {held_out.bytes:,} bytes "
         f"(xz -9: {packed.xz:.3f}, bz2 -9: {packed.bz2:.3f})"
+        + (f"; every {config.sequence_length:,} tokens from a new state" if config.carry_state else "")
     )
     if config.compare_rate_zero:
         twin = _train_twin(config, data, run / RATE_ZERO_FOLDER, display, gradient)
