@@ -41,6 +41,7 @@ VARIANTS = {
     "chunk 16": "hope:memory.chunk=16",
     "chunk 256": "hope:memory.chunk=256",
     "read after the write": 'hope:memory.read="after"',
+    "truncated at 1 chunk": "hope:memory.truncate=1",
     "target norm none": 'hope:memory.target_norm="none"',
 }  # chunk 64 is HOPE itself
 SLOW = ("chunk 1",)

@@ -44,6 +44,9 @@ class SelfModifyingConfig:
     w1_scale, w2_scale    spread of the initial weights, times 1/sqrt(fan-in)
     detach_writes         stop-gradient inner loop, an option for comparison
     recompute             lean backward pass; False stores everything and allows higher derivatives
+    keep_every            the lean backward pass keeps the state of every n-th chunk and computes the others again:
+                          n >= 1, "auto" (4), or "sqrt", the root of the sequence's number of chunks: least memory
+    truncate              None, or n >= 1: gradients through the state stop at every n-th chunk boundary of a stream
     """
 
     head_width: int
@@ -68,6 +71,8 @@ class SelfModifyingConfig:
     read: str = "before"
     detach_writes: bool = False
     recompute: bool = True
+    keep_every: int | str = "auto"
+    truncate: int | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.adaptive, str) or not isinstance(self.adaptive, Iterable):
@@ -92,8 +97,14 @@ class SelfModifyingConfig:
     def _check_numbers(self) -> None:
         for name in ("head_width", "hidden_width", "heads", "chunk", "memory_chunk"):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if not _whole(value):
                 raise UserError(f"{name} is {value!r}, must be a whole number, at least 1")
+        if self.truncate is not None and not _whole(self.truncate):
+            raise UserError(f"truncate is {self.truncate!r}, must be None or a whole number of chunks, at least 1")
+        if self.keep_every not in ("auto", "sqrt") and not _whole(self.keep_every):
+            raise UserError(
+                f'keep_every is {self.keep_every!r}, must be "auto", "sqrt" or a whole number of chunks, at least 1'
+            )
         for name in ("rate_max", "slow_rate_scale", "w1_scale", "w2_scale"):
             if not 0 <= _number(name, getattr(self, name)) < math.inf:
                 raise UserError(f"{name} is {getattr(self, name)}, must be finite and >= 0")
@@ -105,6 +116,12 @@ class SelfModifyingConfig:
     def memory_length(self) -> int:
         """memory_chunk, resolved."""
         return self.chunk if self.memory_chunk is None else self.memory_chunk
+
+    def kept_every(self, tokens: int) -> int:
+        """keep_every for a sequence of so many tokens."""
+        if self.keep_every == "sqrt":
+            return max(1, math.isqrt(-(-tokens // self.chunk)))
+        return 4 if self.keep_every == "auto" else int(self.keep_every)
 
     @property
     def rule(self) -> WriteRule:
@@ -142,6 +159,11 @@ class SelfModifyingConfig:
         if self.memory_length == self.chunk or first == count - 1:
             return (Part(slice(first, count), self.memory_length),)
         return Part(slice(first, count - 1), self.chunk), Part(slice(count - 1, count), self.memory_length)
+
+
+def _whole(value: object) -> bool:
+    """Whether it is a whole number of at least 1."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _start(name: str, value: object) -> float | tuple[float, ...]:

@@ -218,6 +218,8 @@ class SelfModifyingMemory(nn.Module):
             fresh=state is None,
             recompute=c.recompute and record is None,
             loop=None if loop is None or record is not None else partial(self._loop, loop),
+            truncate=c.truncate,
+            static=len(c.names) - len(c.written),
         )
         return y.transpose(1, 2).to(x.dtype), state
 
@@ -235,7 +237,7 @@ class SelfModifyingMemory(nn.Module):
         c, trained = self.config, LoopTrained(*constants)
         spec = LoopSpec(
             c.names, len(c.written), c.chunk, c.momentum, c.rate_max, c.target_norm == "l2", c.retain_to == "initial",
-            c.retention, c.read == "after",
+            c.retention, c.read == "after", c.kept_every(inputs[0].shape[-2]),
         )  # fmt: skip
         mix = torch.ones_like(trained.scales) if c.objective == "l2" else trained.mix
         y, end = run(LoopInputs(*inputs), LoopState(*live), trained._replace(mix=mix), spec)

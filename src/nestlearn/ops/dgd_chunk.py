@@ -243,7 +243,7 @@ def chunk_read(
     *,
     anchored: Tensor | None = None,
 ) -> Tensor:
-    """What each query (…, C, in) reads before its own token's write, or with ``decays.after()`` after it: (…, C, out)."""
+    """What each query (…, C, in) reads before its token's write, with ``decays.after()`` after it: (…, C, out)."""
     products = query @ write.inputs.mT
     read = chunk_share(carried, carried_momentum, anchored, decays)
     if write.erased is None:

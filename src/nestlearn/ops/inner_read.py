@@ -1,6 +1,6 @@
 """What queries read of one layer within a chunk, before or after their own token's write, its backward by hand.
 
-out = share(q) − ((Q Xᵀ) ∘ W') Ĝ − ((Q Xᵀ) ∘ R') E            letters and share as in `inner_layer.py`; after the write: R, W for R', W'
+out = share(q) − ((Q Xᵀ) ∘ W') Ĝ − ((Q Xᵀ) ∘ R') E    letters and share as in `inner_layer.py`; after it R, W for R', W'
 
 dĜ = −((Q Xᵀ) ∘ W')ᵀ dout      dE = −((Q Xᵀ) ∘ R')ᵀ dout      d(Q Xᵀ) = −(dout Ĝᵀ) ∘ W' − (dout Eᵀ) ∘ R'
 """
