@@ -25,6 +25,7 @@ from nestlearn.models.config import HopeConfig
 from nestlearn.models.continuum import Continuum
 from nestlearn.models.describe import LevelRow, level_table
 from nestlearn.models.hope import HopeBackbone, HopeState
+from nestlearn.models.in_context import InnerRates
 from nestlearn.models.mamba2 import Mamba2Layer
 from nestlearn.models.memory_layer import CausalConv
 from nestlearn.models.mlp import RMSNorm
@@ -125,7 +126,7 @@ class HopePreTrainedModel(PreTrainedModel):
             module.reset_persistent()
         elif isinstance(module, Mamba2Layer):
             module.reset_own_parameters()
-        elif isinstance(module, CausalConv | DecayGate | Mix | ReadOut):
+        elif isinstance(module, CausalConv | DecayGate | InnerRates | Mix | ReadOut):
             _reset_what_is_not_loaded(module)
         elif isinstance(module, nn.ParameterDict):
             # Hugging Face visits the modules that hold a parameter themselves, not their owners.
@@ -138,7 +139,7 @@ class HopePreTrainedModel(PreTrainedModel):
             nn.init.ones_(module.weights)
 
 
-def _reset_what_is_not_loaded(module: CausalConv | DecayGate | Mix | ReadOut) -> None:
+def _reset_what_is_not_loaded(module: CausalConv | DecayGate | InnerRates | Mix | ReadOut) -> None:
     """Hugging Face protects loaded weights from the functions of nn.init only; these modules also copy and add."""
     loaded = [(p, p.clone()) for p in module.parameters() if getattr(p, "_is_hf_initialized", False)]
     module.reset_parameters()
@@ -156,6 +157,7 @@ class HopeForCausalLM(HopePreTrainedModel, GenerationMixin):
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.model = HopeBackbone(config.shape())
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.inner_rates = InnerRates(config.in_context) if config.in_context else None
         self.gradient_checkpointing = False
         self.post_init()
         self.model.restart({level.period for level in self.model.shape.levels})  # nested levels start equal

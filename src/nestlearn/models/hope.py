@@ -8,6 +8,7 @@ The mixer is a choice of `MIXERS`; everything else is shared. Nothing here knows
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
@@ -124,6 +125,13 @@ def mixers_in_turn(name: str) -> tuple[str, ...]:
     return TURNS.get(name, (name,))
 
 
+def levels_of_layer(shape: Shape, number: int) -> tuple[tuple[Level, ...], int]:
+    """The levels that a layer, counted from 0, has, and their summed hidden width."""
+    here = {level for level in shape.levels if number >= shape.layers - math.ceil(level.layers * shape.layers)}
+    absent = [level.hidden_size or 0 for level in shape.levels if level not in here]
+    return tuple(level for level in shape.levels if level in here), shape.intermediate_size - sum(absent)
+
+
 @dataclass(frozen=True)
 class HopeState(State):
     """The states of all layers' mixers for one batch of streams."""
@@ -140,7 +148,8 @@ class HopeBlock(nn.Module):
         turns = mixers_in_turn(shape.mixer)
         self.norm = RMSNorm(shape.hidden_size, shape.eps)
         self.mixer = MIXERS[turns[number % len(turns)]](shape)
-        self.cms = Continuum(shape.hidden_size, shape.intermediate_size, shape.levels, shape.connection, shape.eps)
+        levels, hidden = levels_of_layer(shape, number)
+        self.cms = Continuum(shape.hidden_size, hidden, levels, shape.connection, shape.eps)
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """x (B, T, width), state of the mixer. Returns (x, state)."""

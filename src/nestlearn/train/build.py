@@ -85,11 +85,14 @@ def hope_config(config: TrainConfig, vocab_size: int) -> Any:
             raise UserError(f"unknown key 'model.{key}'{suggest(key, known)}: HopeConfig has no such argument")
         if type(known[key].default) is int and type(value) is not int:
             raise UserError(f"model.{key} is {value!r}: must be a whole number, for example {known[key].default}")
+    if config.meta and "in_context" in config.model:
+        raise UserError("model.in_context is given together with meta: leave it out, it is made of meta.levels")
     given = config.model.get("vocab_size", vocab_size)
     if given < vocab_size:
         raise UserError(f"model.vocab_size is {given}: the tokenizer has {vocab_size} tokens, give at least that many")
     try:
-        return HopeConfig(**{"vocab_size": vocab_size, **config.model})
+        in_context = {"in_context": config.meta["levels"]} if config.meta else {}
+        return HopeConfig(**{"vocab_size": vocab_size, **config.model, **in_context})
     except UserError:
         raise
     except (TypeError, ValueError, StrictDataclassError) as error:  # a value of another type than the key's

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -23,22 +24,40 @@ class StepResult(NamedTuple):
     stream: State | None = None  # after the batch, cut from the graph; None unless the config carries it
 
 
-def train_step(
-    model: Any, optimizer: Leveled, batch: Batch, tokens: int, config: TrainConfig, stream: State | None = None
-) -> StepResult:
-    """Learns from one batch; ``tokens`` were seen before it. ``stream`` is its rows' state, None for new streams."""
+# Adds the gradient of a batch's mean loss to ``.grad``. ``tokens`` were seen before it; ``stream`` is its rows' state,
+# None for new streams. Returns the loss () and, where the config carries it, the state after the batch.
+Gradient = Callable[[Any, Batch, int, TrainConfig, State | None], tuple[Tensor, State | None]]
+
+
+def next_token_gradient(
+    model: Any, batch: Batch, tokens: int, config: TrainConfig, stream: State | None = None
+) -> tuple[Tensor, State | None]:
+    """The ordinary one."""
     device = next(model.parameters()).device
     past = None if stream is None else model.continued(stream)
     packed = {} if batch.positions is None else {"position_ids": batch.positions}
     out = model(batch.inputs.to(device), past_key_values=past, use_cache=config.carry_state, **packed)
     loss = F.cross_entropy(out.logits.float().flatten(0, 1), batch.targets.to(device).flatten())
     loss.backward()
+    return loss, out.past_key_values.state.map(_copied) if config.carry_state else None
+
+
+def train_step(
+    model: Any,
+    optimizer: Leveled,
+    batch: Batch,
+    tokens: int,
+    config: TrainConfig,
+    stream: State | None = None,
+    gradient: Gradient = next_token_gradient,
+) -> StepResult:
+    """Learns from one batch; ``tokens`` were seen before it. ``stream`` is its rows' state, None for new streams."""
+    loss, after = gradient(model, batch, tokens, config, stream)
     norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
     set_learning_rate(optimizer, learning_rate(config, tokens + batch.inputs.numel()))
     optimizer.step(tokens=batch.inputs.numel())
     model.after_step(set(optimizer.fired))
     optimizer.zero_grad()
-    after = out.past_key_values.state.map(_copied) if config.carry_state else None
     return StepResult(loss.detach(), torch.as_tensor(norm).detach(), after)
 
 
