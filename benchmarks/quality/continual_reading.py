@@ -5,6 +5,7 @@
     python benchmarks/quality/continual_reading.py domains runs/hope runs/transformer --out domains.json
     python benchmarks/quality/continual_reading.py facts runs/hope --out facts.json
     python benchmarks/quality/continual_reading.py languages runs/hope --out languages.json
+    python benchmarks/quality/continual_reading.py written runs/hope --out written.json
 
 Readers of a run: "frozen", the model as it is; "levels-n p", its MLP levels changed every p, 4 p, 16 p tokens, of n
 different periods; "online p", every linear weight changed every p tokens, which is fine-tuning online. Each but the
@@ -15,6 +16,8 @@ domains    source of the standard library (held out), a novel, WikiText-2, Shake
            in this order; bits per byte of another part of each, before any and after each
 facts      a made-up encyclopaedia, then a novel; answers chosen among ``--choices``
 languages  two invented languages, one after the other
+written    two novels, a stream each, then written into the slow weights by every method of `consolidate`: what the new
+           model gained on them, and forgot of the standard library, nats per token
 Text: ../shared/data or $NESTLEARN_DATA. Every finished reader is saved; the same command goes on.
 """
 
@@ -27,14 +30,14 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from nestlearn import OnlineLearner, OnlineLevel, online_levels
+from nestlearn import OnlineLearner, OnlineLevel, consolidate, online_levels
 from nestlearn.continual.facts import encyclopaedia
 from nestlearn.continual.languages import invent, meanings
 from nestlearn.continual.online_level import is_linear
@@ -143,14 +146,42 @@ def read_languages(reader: OnlineReader, args: argparse.Namespace) -> Result:
     return {"accuracies": matrix.tolist(), "before": before.tolist()}
 
 
+def read_and_write(reader: OnlineReader, args: argparse.Namespace) -> Result:
+    """What each way of consolidation reports, without and with rehearsal of source that the model was trained on."""
+    texts, size = domains(args.data), args.bytes
+    chunks = [reader.tokens(texts[name][APART : APART + size])[:size] for name in ("Doyle", "Hornung")]
+    length = min(len(chunk) for chunk in chunks)
+    streams = torch.stack([chunk[:length] for chunk in chunks])
+    reader.learner.read(streams)
+    known = b"\n".join(document.data for document in standard_library().train)[:size].decode(errors="ignore")
+    keep, rehearse = (reader.tokens(text)[None] for text in (texts["source"][: args.asked], known))
+    found = {}
+    for method, again in (
+        ("average", False),
+        ("replay", False),
+        ("distill", False),
+        ("replay", True),
+        ("distill", True),
+    ):
+        _, report = consolidate(
+            reader.learner.state, reader.learner.model, chunks=streams, method=method, keep=keep,
+            rehearse=rehearse if again else None,
+        )  # fmt: skip
+        found[method + (" and rehearsal" if again else "")] = asdict(report)
+    return {"consolidated": found}
+
+
 BENCHMARKS: dict[str, Callable[[OnlineReader, argparse.Namespace], Result]] = {
     "domains": read_domains, "facts": read_facts, "languages": read_languages,
+    "written": read_and_write,
 }  # fmt: skip
 
 
 def kinds(run: Run, benchmark: str, periods: Sequence[int]) -> list[str]:
     """The readers of a run, the frozen one first."""
     counts = range(1, 1 + len(online_levels(run.model)))
+    if benchmark == "written":
+        return [f"levels-{len(counts)} {periods[0]}"]
     lowest = periods if benchmark == "facts" else periods[:1]
     return ["frozen", *(f"levels-{n} {p}" for p in lowest for n in counts), f"online {periods[0]}"]
 

@@ -72,3 +72,9 @@ def test_languages(folder):
     found = run(folder, "languages", *more)["results"]
     frozen, adapted = found["hope frozen"], found["hope levels-2 32"]
     assert frozen["accuracies"] == [frozen["before"]] * 2 and np.shape(adapted["accuracies"]) == (2, 2)
+
+
+def test_what_was_read_is_written_in_every_way(folder):
+    ways = run(folder, "written", "--periods", "64")["results"]["hope levels-2 64"]["consolidated"]
+    assert set(ways) == {"average", "replay", "distill", "replay and rehearsal", "distill and rehearsal"}
+    assert all(way["new"] < way["base"] and way["moved"] > 0 and way["kept_new"] is not None for way in ways.values())

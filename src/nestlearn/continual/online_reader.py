@@ -34,7 +34,11 @@ class OnlineReader:
         """Bits of each token (n,), nan for the very first of all; the context of earlier documents is dropped."""
         if self.learner.state.tokens:
             self.learner.drop_context()
-        return (self.learner.read(torch.tensor(list(self._encode(text)))).double() / math.log(2)).numpy()
+        return (self.learner.read(self.tokens(text)).double() / math.log(2)).numpy()
+
+    def tokens(self, text: str) -> torch.Tensor:
+        """The ids of a text (n,)."""
+        return torch.tensor(list(self._encode(text)))
 
     @torch.no_grad()
     def bits(self, prompt: str, text: str) -> float:
