@@ -100,12 +100,13 @@ class Plan:
 
 def make_plan(model: nn.Module, levels: Iterable[OnlineLevel], connection: str, context: float | None) -> Plan:
     """Raises UserError for levels that the model cannot have."""
+    _check_differentiable(model)
     levels = check_levels(levels, connection)
     paths = dict.fromkeys(path for level in levels for path in level.weights)
     weights = {path: _measure(find_linear(model, path)) for path in paths}
     if connection == "nested":
         _check_shapes(levels, weights)
-    limit = _context_limit(model, context)
+    limit = context_limit(model, context)
     return Plan(levels, connection, limit, weights, describe(levels, connection), fingerprint(model, paths))
 
 
@@ -126,7 +127,17 @@ def _measure(module: nn.Module) -> Weight:
     return Weight(out, into, float(linear_matrix(module).norm()), dtype, own.device)
 
 
-def _context_limit(model: nn.Module, context: float | None) -> float:
+def _check_differentiable(model: nn.Module) -> None:
+    """Weights may be of any precision, but what is above a level must pass its gradient down."""
+    for name, module in model.named_modules():
+        if type(module).__module__.startswith("torch.ao.nn.quantized"):
+            raise UserError(
+                f"module {name!r} is a {type(module).__name__} of {type(module).__module__}, "
+                "which passes no gradient down: give a model in bfloat16, or one whose weights alone are quantised"
+            )
+
+
+def context_limit(model: nn.Module, context: float | None) -> float:
     if context is None:
         config = getattr(model, "config", None)
         return float(getattr(config, "max_position_embeddings", None) or math.inf)

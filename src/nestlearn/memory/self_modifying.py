@@ -3,7 +3,7 @@
 For token t, "start" being the state at the start of its chunk (NL Eq. 86–93; semantics §3):
 
     k = l2norm(M_k(x))   v = M_v(x)   η = rate_max sigmoid(⟨r_η, M_eta(x)⟩ + b_η)   α = sigmoid(⟨r_α, M_alpha(x)⟩ + b_α)
-    y = M_memory(q), token-exact: every write before t counts
+    y = M_memory(q), token-exact: every write before t counts; with read="after", that of t too
     every memory □ then writes (k, v̂_□ = M_□(v)) with its own rate η · |rate_scale_□|
 
 k, v, η, α and every gradient of a chunk come from its start, so a chunk is parallel; the writes themselves are exact.
@@ -153,6 +153,19 @@ class SelfModifyingMemory(nn.Module):
         """The state before the first token of ``batch`` streams."""
         return FastState.fresh(self.initial_weights(inner_dtype(self.rate_read.bias.dtype)), batch, self.config.names)
 
+    def renewed(self, state: FastState) -> FastState:
+        """``state``, its memories that never change being the initial weights as they are now, with their gradients.
+
+        For a stream that is read on while the initial weights are trained.
+        """
+        count = len(self.config.names)
+        first = count if self.config.constant else count - len(self.config.written)
+        if not first:
+            return state
+        pair = [w[:first].expand(len(state.w1), -1, -1, -1, -1) for w in self.initial_weights(state.w1.dtype)]
+        held = {"w1": 0, "w2": 1, "start1": 0, "start2": 1}
+        return replace(state, **{n: torch.cat([pair[i], getattr(state, n)[:, first:]], dim=1) for n, i in held.items()})
+
     def forward(
         self, x: Tensor, query: Tensor, state: FastState | None = None, value_input: Tensor | None = None
     ) -> tuple[Tensor, FastState]:
@@ -207,6 +220,8 @@ class SelfModifyingMemory(nn.Module):
             fresh=state is None,
             recompute=c.recompute and record is None,
             loop=None if loop is None or record is not None else partial(self._loop, loop),
+            truncate=c.truncate,
+            static=len(c.names) - len(c.written),
         )
         return y.transpose(1, 2).to(x.dtype), state
 
@@ -237,14 +252,14 @@ class SelfModifyingMemory(nn.Module):
             loop_limit(c) if c.recompute else "recompute is False, which asks for the path with all derivatives"
         )
         operands = x.dtype if x.dtype == torch.bfloat16 else dtype
-        return Task(x.device, dtype, operands, c.head_width, c.hidden_width, c.chunk, only_steps)
+        return Task(x.device, dtype, operands, c.head_width, c.hidden_width, c.chunk, only_steps, c.read)
 
     def _loop(self, run: Loop, live: Fast, inputs: Tensors, constants: Tensors) -> tuple[Tensor, Fast]:
         """All chunks from a boundary on, in one function."""
         c, trained = self.config, LoopTrained(*constants)
         spec = LoopSpec(
             c.names, len(c.written), c.chunk, c.momentum, c.rate_max, c.target_norm == "l2", c.retain_to == "initial",
-            c.retention,
+            c.retention, c.read == "after", c.kept_every(inputs[0].shape[-2]),
         )  # fmt: skip
         mix = torch.ones_like(trained.scales) if c.objective == "l2" else trained.mix
         y, end = run(LoopInputs(*inputs), LoopState(*live), trained._replace(mix=mix), spec)
@@ -355,6 +370,7 @@ class SelfModifyingMemory(nn.Module):
                 query=piece.query if reading else None,
                 surprise=done.surprise if observe else None,
                 mix=mix,
+                read_after=c.read == "after",
             )
             done = done._replace(live=after, start=origin)
             if reads is not None:
