@@ -19,6 +19,7 @@ PUBLIC = [
     "HopeConfig",
     "HopeForCausalLM",
     "Level",
+    "MetaLearner",
     "OnlineLearner",
     "OnlineLevel",
     "OnlineState",

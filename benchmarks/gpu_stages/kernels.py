@@ -96,7 +96,7 @@ def correct(group: str, dtype: torch.dtype, run: Run) -> dict[str, Any]:
     for d, h, chunk, tokens, mu, heads in grid:
         if run.late(begin):
             break
-        spec = LoopSpec((*SLOW, "memory"), 5, chunk, mu, 4.0, True, mu == 0, True, 2)
+        spec = LoopSpec((*SLOW, "memory"), 5, chunk, mu, 4.0, True, mu == 0, True, keep=2)
         given = draw(2, heads, tokens, d, h, spec, run.device, mixed=mu > 0)
         true = results(inner_loop, given, spec, torch.float64)
         found = results(on_gpu, given, spec, torch.float32, operands=dtype)

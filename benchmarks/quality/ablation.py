@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from nestlearn.compare.plan import make_plan, parse_rates
-from nestlearn.compare.results import spread
+from nestlearn.compare.results import cost, spread
 from nestlearn.compare.run import run_comparison
 from nestlearn.train.config import parse_count
 
@@ -40,6 +40,8 @@ VARIANTS = {
     "chunk 1": "hope:memory.chunk=1",
     "chunk 16": "hope:memory.chunk=16",
     "chunk 256": "hope:memory.chunk=256",
+    "read after the write": 'hope:memory.read="after"',
+    "truncated at 1 chunk": "hope:memory.truncate=1",
     "target norm none": 'hope:memory.target_norm="none"',
 }  # chunk 64 is HOPE itself
 SLOW = ("chunk 1",)
@@ -51,7 +53,7 @@ def table(results: Mapping[str, Any], names: Mapping[str, str]) -> str:
     lines = ["| variant | bits per byte | above HOPE | rate | training tokens/s |", "|---" * 5 + "|"]
     for name, model in models.items():
         bits, above = shown(model["bits_per_byte"]), shown(difference(model, models["HOPE"]), "+")
-        speed = f"{model['speed']['train_tokens_per_second']:,.0f}"
+        speed = cost(model, "train_tokens_per_second")
         lines.append(f"| {name} | {bits} | {above if name != 'HOPE' else ''} | {model['rate'] or '–'} | {speed} |")
     return "\n".join(lines)
 

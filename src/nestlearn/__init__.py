@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nestlearn.continual.consolidate import consolidate
+    from nestlearn.continual.meta import MetaLearner
     from nestlearn.continual.online import OnlineLearner, RolledBack
     from nestlearn.continual.online_level import OnlineLevel, online_levels
     from nestlearn.continual.stream_state import OnlineState
@@ -24,6 +25,7 @@ __all__ = [
     "HopeConfig",
     "HopeForCausalLM",
     "Level",
+    "MetaLearner",
     "OnlineLearner",
     "OnlineLevel",
     "OnlineState",
@@ -41,6 +43,7 @@ _HOMES = {
     "HopeConfig": "nestlearn.models.hf",
     "HopeForCausalLM": "nestlearn.models.hf",
     "Level": "nestlearn.levels",
+    "MetaLearner": "nestlearn.continual.meta",
     "OnlineLearner": "nestlearn.continual.online",
     "OnlineLevel": "nestlearn.continual.online_level",
     "OnlineState": "nestlearn.continual.stream_state",

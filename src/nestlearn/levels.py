@@ -22,12 +22,14 @@ class Level:
     period       tokens between two changes, >= 1; ``math.inf`` (also "inf") never changes
     hidden_size  hidden width of its block; None shares the model's ``intermediate_size`` equally
     lr_scale     multiplies the learning rate of this level, >= 0
+    layers       share of a model's layers, the last ones (rounded up), that have this level, in (0, 1]
     """
 
     name: str
     period: float
     hidden_size: int | None = None
     lr_scale: float = 1.0
+    layers: float = 1.0
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name or "." in self.name:
@@ -45,6 +47,10 @@ class Level:
             )
         if not (isinstance(self.lr_scale, int | float) and self.lr_scale >= 0):
             raise UserError(f"level {self.name!r}: lr_scale is {self.lr_scale}, must be >= 0")
+        if not (isinstance(self.layers, int | float) and 0 < self.layers <= 1):
+            raise UserError(f"level {self.name!r}: layers is {self.layers}, must be a share of the layers in (0, 1]")
+        if self.layers < 1 and self.hidden_size is None:
+            raise UserError(f"level {self.name!r}: layers is {self.layers}, so its own hidden_size must be given")
         object.__setattr__(self, "period", period)
 
     @property
@@ -55,7 +61,8 @@ class Level:
     def to_dict(self) -> dict[str, Any]:
         """A form that strict JSON can hold: an infinite period is the string "inf"."""
         period: float | str = "inf" if self.period == math.inf else int(self.period)
-        return asdict(self) | {"period": period}
+        told = asdict(self) | {"period": period}
+        return {key: value for key, value in told.items() if key != "layers" or value != 1}
 
 
 def fires(period: float, before: int, after: int) -> bool:
@@ -94,8 +101,8 @@ def _parse(level: Level | Mapping[str, Any] | tuple | list | float) -> Level:
             raise UserError(f"level {dict(level)} has no period: give the tokens between two changes")
         return Level(**{"name": _name(level["period"]), **level})
     if isinstance(level, tuple | list):
-        if not 2 <= len(level) <= 4:
-            raise UserError(f"level {level!r} must be (name, period), then hidden_size and lr_scale if wanted")
+        if not 2 <= len(level) <= 5:
+            raise UserError(f"level {level!r} must be (name, period), then hidden_size, lr_scale and layers if wanted")
         return Level(*level)
     return Level(_name(level), _number(level))
 

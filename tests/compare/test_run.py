@@ -9,8 +9,8 @@ import time
 import pytest
 
 from nestlearn.compare.child import REFUSED, RESULT, STOPPED, UNIT, do_unit
-from nestlearn.compare.run import TRAIN, best_rate, folder_name, next_rate, run_comparison
-from nestlearn.errors import UserError
+from nestlearn.compare.run import SPEED, TRAIN, best_rate, folder_name, next_rate, run_comparison
+from nestlearn.errors import NotFinite, UserError
 from nestlearn.train.checkpoint import checkpoints
 from tests.compare.small import Counted, Pretended, in_process, plan
 from tests.train.tiny import assert_same_end, config
@@ -187,6 +187,24 @@ def test_who_breaks_down_is_shown_last_and_says_so(tmp_path):
     assert results["models"][0]["note"] == "training broke down at every rate"
     table = (tmp_path / "out" / "table.md").read_text().splitlines()
     assert "retnet | 2.0000 ± 0.0000 | 4.000 ± 0.000" in table[2] and "transformer | broke down" in table[3]
+
+
+def test_a_model_that_breaks_down_in_the_steps_that_are_timed_is_a_result(tmp_path, monkeypatch):
+    def burst(*given):
+        raise NotFinite("a gradient is not finite")
+
+    monkeypatch.setattr("nestlearn.compare.speed_unit._training_speed", burst)
+    assert in_process_unit(SPEED, tmp_path / "unit", config(tmp_path)) == {"failed": "a gradient is not finite"}
+    said = []
+    results = run_comparison(plan(tmp_path, seeds=1), tmp_path / "out", said.append, Pretended(best_at(1.0), "retnet"))
+    assert [m["speed"].get("failed") for m in results["models"]] == [None, "a gradient is not finite"]
+    assert "retnet, round 1 of 3: broke down: a gradient" in "\n".join(said)
+    retnet = next(line for line in (tmp_path / "out" / "table.md").read_text().splitlines() if "retnet" in line)
+    assert retnet.endswith(" | broke down" * 4 + " |") and results["models"][1]["bits_per_byte"]["mean"] is not None
+
+
+def in_process_unit(module, folder, settings):
+    return do_unit(module, folder, {"config": settings.to_dict(), "steps": 1, "decode": 0}, in_process)
 
 
 def test_a_seed_that_breaks_down_is_not_averaged_away(tmp_path):

@@ -128,6 +128,17 @@ def test_long_contexts_are_tasks_like_any_other(tmp_path):
     assert {"1024,none", "1536,none"} <= results.keys()
 
 
+def test_recall_is_a_task_like_any_other(tmp_path):
+    book = tmp_path / "book.txt"
+    book.write_text(" ".join(f"Sentence {n} says {n * n % 89}." for n in range(400)))
+    choice = Choice(("mqar_4",), None, limit=2, lengths=(0, 512), text=(book,))
+    results = run_tasks(model(), choice, print)["results"]["mqar_4"]
+    assert all(0 <= results[f"{metric}_{n},none"] <= 1 for metric in ("acc", "exact") for n in (0, 512))
+    assert {f"acc_{n},none" for n in (0,)} <= run_tasks(model(), Choice(("mqar_8",), limit=1, lengths=(0,)), print)[
+        "results"
+    ]["mqar_8"].keys()
+
+
 def test_a_summary_is_one_line_and_its_remarks():
     metrics = {"alias": "x", "acc,none": 0.5, "acc_stderr,none": 0.25, "name": "x", "sample_len": 3}
     assert summary("x", metrics, ["beware"]) == "x: acc 0.5 ± 0.25\n  note: beware"

@@ -133,6 +133,11 @@ def test_equals_the_truth(chunk, memory_chunk, objective, momentum):
         {"recompute": False},
         {"objective": "mix", "target_norm": "l2", "adaptive": ("eta", "v"), "retain_to": "initial"},
         {"objective": "mix", "dgd": False, "scale": 0.7},
+        {"read": "after"},
+        {"read": "after", "memory_chunk": 16, "scale": 0.7},
+        {"read": "after", "memory_chunk": 16, "retain_to": "initial", "adaptive": ("k", "q")},
+        {"read": "after", "chunk": 1, "memory_chunk": 1},
+        {"read": "after", "dgd": False, "retention": False, "target_norm": "l2"},
     ],
     ids=str,
 )
@@ -167,6 +172,8 @@ def scalar(results: dict[str, Tensor]) -> Tensor:
         {"retain_to": "initial", "adaptive": ("k", "alpha")},
         {"dgd": False, "adaptive": (*SLOW, "q")},
         {"objective": "mix", "target_norm": "l2", "adaptive": ("k", "alpha")},
+        {"read": "after", "memory_chunk": 16},
+        {"read": "after", "memory_chunk": 16, "momentum": 0.0, "retain_to": "initial"},
     ],
     ids=str,
 )
@@ -253,6 +260,7 @@ def test_a_memory_that_does_not_adapt_stays_its_initial_state():
         ({"rate_start": ()}, "rate_start is .*or a list"),
         ({"dgd": "no"}, "dgd is 'no', must be True or False"),
         ({"mix_start": 1.0}, "mix_start is 1.0"),
+        ({"read": "befor"}, "did you mean 'before'"),
     ],
 )
 def test_bad_configurations_are_named(settings, words):
@@ -297,6 +305,17 @@ def test_the_mix_starts_where_it_is_told():
 
 def build_heads(heads: int, **settings) -> SelfModifyingMemory:
     return SelfModifyingMemory(SelfModifyingConfig(head_width=4, hidden_width=4, heads=heads, **settings))
+
+
+@pytest.mark.parametrize("memory_chunk", [4, 16])
+def test_a_read_after_the_write_is_that_of_the_next_token_before_its_own(memory_chunk):
+    """With one query for all tokens and nothing normalised by position, y_t after is y_{t+1} before."""
+    x, query, value = tokens(2, 37)
+    query = query[:, :1].expand_as(query)
+    before, after = (build(memory_chunk=memory_chunk, target_norm="l2", read=r) for r in ("before", "after"))
+    with torch.no_grad():
+        (y, _), (later, _) = (m(x, query, None, value_input=value) for m in (before, after))
+    assert (later[:, :-1] - y[:, 1:]).abs().max() <= 1e-12 and (later - y).abs().max() > 1e-2
 
 
 def test_bad_shapes_are_named():

@@ -24,6 +24,8 @@ from tests.memory.test_self_modifying import build, tokens
         {"chunk": 4, "memory_chunk": 2, "momentum": 0.0, "objective": "dot", "adaptive": ("v", "q")},
         {"chunk": 4, "memory_chunk": 1, "dgd": False, "adaptive": ()},
         {"chunk": 4, "memory_chunk": 1, "objective": "mix"},
+        {"chunk": 8, "memory_chunk": 8, "read": "after"},
+        {"chunk": 4, "memory_chunk": 2, "read": "after"},
     ],
     ids=str,
 )

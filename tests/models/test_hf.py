@@ -94,7 +94,7 @@ def test_outputs(model):
         ({}, "either input_ids or inputs_embeds"),
         ({"input_ids": torch.zeros(1, 0, dtype=torch.long)}, "at least one token"),
         ({"input_ids": torch.zeros(1, 3, dtype=torch.long), "output_attentions": True}, "output_attentions"),
-        ({"input_ids": torch.zeros(1, 3, dtype=torch.long), "position_ids": torch.zeros(1, 3)}, "position_ids"),
+        ({"input_ids": torch.zeros(1, 3, dtype=torch.long), "position_ids": torch.ones(1, 3)}, "position_ids"),
     ],
 )
 def test_what_it_cannot_do_is_refused(model, given, message):

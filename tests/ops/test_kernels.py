@@ -99,7 +99,7 @@ def on_kernels(
     trained = LoopTrained(*initial, scales, *reads, torch.ones_like(scales) if c.objective == "l2" else None)
     spec = LoopSpec(
         c.names, len(c.written), c.chunk, c.momentum, c.rate_max, c.target_norm == "l2", c.retain_to == "initial",
-        c.retention, 2,
+        c.retention, keep=2,
     )  # fmt: skip
     y, after = inner_loop(
         LoopInputs(*(t.transpose(1, 2) for t in (x, value, query))), state, trained, spec, operands=operands, **options

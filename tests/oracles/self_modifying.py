@@ -36,6 +36,7 @@ class Setting:
     retain_to: str = "zero"
     retention: bool = True
     dgd: bool = True
+    read: str = "before"
 
 
 @dataclass
@@ -130,12 +131,15 @@ def run_row(x, query, value_input, constants: Constants, setting: Setting, netwo
         if t % setting.memory_chunk == 0:
             start["memory"] = networks["memory"]
         asked = normalised(apply(start["q"], query[t])) if "q" in networks else query[t]
-        outputs.append(apply(networks["memory"], asked))
+        if setting.read == "before":
+            outputs.append(apply(networks["memory"], asked))
         key, value, rate, retain = step(x[t], value_input[t], start, constants, setting)
         for name in (*setting.adaptive, "memory"):
             networks[name], momenta[name] = write(
                 name, networks[name], momenta[name], start[name], key, value, rate, retain, constants, setting
             )
+        if setting.read == "after":
+            outputs.append(apply(networks["memory"], asked))
     return torch.stack(outputs), networks, momenta
 
 

@@ -33,6 +33,7 @@ def test_a_variant_of_the_ablation_differs_from_hope_in_what_it_says():
         "HOPE": {},
         "no DGD": {"dgd": False},
         "momentum 0.9": {"momentum": 0.9},
+        "truncated at 1 chunk": {"truncate": 1},
         "no retention": {"retention": False},
         "no CMS": {},
         "static k": {"adaptive": ["v", "eta", "alpha"]},
@@ -42,6 +43,7 @@ def test_a_variant_of_the_ablation_differs_from_hope_in_what_it_says():
         "chunk 1": {"chunk": 1},
         "chunk 16": {"chunk": 16},
         "chunk 256": {"chunk": 256},
+        "read after the write": {"read": "after"},
         "target norm none": {"target_norm": "none"},
     }
     assert len(memory("no CMS").levels) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 
 import pytest
@@ -130,3 +131,13 @@ def flips(objective: str, length: int = 16, steps: int = 100) -> float:
 def test_the_mixed_objective_counts_modulo_two_and_dot_does_not():
     assert flips("mix") > 0.97
     assert flips("dot") < 0.75
+
+
+def test_later_seeds_take_the_rate_that_was_best_with_the_first(tmp_path):
+    results = Results(None, {})
+    args = argparse.Namespace(rates=[1e-3, 2e-3], seeds=[0, 1])
+    assert formal_languages.rates_for(results, args, "hope", "parity", 0) == [1e-3, 2e-3]
+    for seed, rate, right in ((0, 1e-3, 0.5), (0, 2e-3, 0.9), (1, 1e-3, 1.0)):
+        key = {"model": "hope", "language": "parity", "rate": rate, "seed": seed}
+        results.once(key, lambda right=right: {"validation": right, "loss": 1.0})
+    assert formal_languages.rates_for(results, args, "hope", "parity", 1) == [2e-3]

@@ -51,10 +51,10 @@ def batch_of(settings):
 def test_a_loss_or_gradient_that_is_not_finite_stops_the_run_and_is_never_saved(tmp_path, monkeypatch, bad_loss):
     step = nestlearn.train.loop.train_step
 
-    def exploding(model, optimizer, batch, tokens, settings):
-        loss, norm = step(model, optimizer, batch, tokens, settings)
-        nan = torch.tensor(math.nan)
-        return (nan, norm) if bad_loss and tokens == 6 * STEP else (loss, nan if tokens == 6 * STEP else norm)
+    def exploding(model, optimizer, batch, tokens, *others):
+        result = step(model, optimizer, batch, tokens, *others)
+        bad = {"loss" if bad_loss else "gradient_norm": torch.tensor(math.nan)}
+        return result._replace(**bad) if tokens == 6 * STEP else result
 
     monkeypatch.setattr(nestlearn.train.loop, "train_step", exploding)
     with pytest.raises(UserError) as stop:

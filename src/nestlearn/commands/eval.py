@@ -33,14 +33,14 @@ def evaluate(
 
     Args:
         checkpoint: A checkpoint, or the folder of a run; with --tasks also any Hugging Face causal LM's folder.
-        text: Files and folders to read, all of them; with --tasks the haystack of ruler_… and babilong_….
+        text: Files and folders to read, all of them; with --tasks the haystack of ruler_…, mqar_… and babilong_….
         tokenizer: Must be the checkpoint's own; checked if given.
         tokens: Evaluate at most so many.
-        tasks: Of lm-evaluation-harness, and ruler_… and babilong_…; an unknown name lists all.
+        tasks: Of lm-evaluation-harness, and ruler_…, mqar_… and babilong_…; an unknown name lists all.
         data: Local files instead of the hub's.
         limit: Rows of each task, from its beginning.
         fewshot: Examples in front of each row.
-        lengths: Of the prompts of ruler_… and babilong_… in tokens, for example 1024,4096.
+        lengths: Of the prompts of ruler_…, mqar_… and babilong_… in tokens, for example 1024,4096.
         batch_size: Rows read together.
         out: The harness's JSON.
     """

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from nestlearn.train.config import TrainConfig
 
 DEFAULT_PRESET = "tiny-cpu"
+KEPT = ("model", "seed", "batch_size", "sequence_length", "tokenizer", "optimizer", "optimizer_settings", "meta")
 
 
 def train(
@@ -60,7 +61,7 @@ def _resume(path: Path, given: dict[str, Any], overrides: tuple[str, ...]) -> No
     start = open_checkpoint(path)
     start.tokenizer(given.pop("tokenizer", None))
     config = changed(start.config, given, overrides)
-    for key in ("model", "seed", "batch_size", "sequence_length", "tokenizer", "optimizer", "optimizer_settings"):
+    for key in KEPT:
         if getattr(config, key) != getattr(start.config, key):
             raise UserError(f"--set {key}: a resumed run keeps its {key}, train anew without --resume to change it")
     _train(config, start.folder.parent, start)
@@ -69,11 +70,12 @@ def _resume(path: Path, given: dict[str, Any], overrides: tuple[str, ...]) -> No
 def _train(config: TrainConfig, run: Path, start: Checkpoint | None) -> None:
     from rich.console import Console
 
+    from nestlearn.continual.meta_training import meta_gradient
     from nestlearn.train.display import Display
     from nestlearn.train.run import run_training
 
     display = Display(Console())
-    page = run_training(config, run, start, display)
+    page = run_training(config, run, start, display, meta_gradient(config))
     display.say(f"checkpoint: {sorted(run.glob('checkpoint-*'))[-1]}\nreport: {page}")
 
 

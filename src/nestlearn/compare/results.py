@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,9 +56,22 @@ def _model(
         "rate": tuning.chosen,
         "tuning": [{"rate": rate, "bits_per_byte": bits} for rate, bits in tuning.rates.items()],
         "note": tuning.note,
-        "speed": {key: statistics.median(speed[key] for speed in speeds) for key in speeds[0]},
+        "speed": costs(speeds),
         "runs": list(runs),
     }
+
+
+def costs(rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Medians of what was measured; ``failed`` alone where a round broke down."""
+    broken = [one["failed"] for one in rounds if "failed" in one]
+    if broken:
+        return {"failed": broken[0]}
+    return {key: statistics.median(one[key] for one in rounds) for key in rounds[0]}
+
+
+def cost(model: Mapping[str, Any], key: str, shape: Callable[[float], str] = "{:,.0f}".format) -> str:
+    """One of the medians as text."""
+    return "broke down" if "failed" in model["speed"] else shape(model["speed"][key])
 
 
 def spread(values: Sequence[float | None]) -> dict[str, float | int | None]:
@@ -79,7 +92,6 @@ def rows(results: Mapping[str, Any]) -> list[list[str]]:
 
 
 def _cells(model: Mapping[str, Any]) -> list[str]:
-    speed = model["speed"]
     return [
         model["model"],
         _spread(model["bits_per_byte"], 4),
@@ -87,10 +99,10 @@ def _cells(model: Mapping[str, Any]) -> list[str]:
         f"{model['parameters']:,}",
         f"{model['intermediate_size']:,}",
         "–" if model["rate"] is None else f"{model['rate']:g}",
-        f"{speed['train_tokens_per_second']:,.0f}",
-        size(speed["train_peak_bytes"]),
-        f"{speed['decode_tokens_per_second']:,.0f}",
-        size(speed["state_bytes"]),
+        cost(model, "train_tokens_per_second"),
+        cost(model, "train_peak_bytes", size),
+        cost(model, "decode_tokens_per_second"),
+        cost(model, "state_bytes", size),
     ]
 
 

@@ -89,11 +89,16 @@ def measure_speeds(course: Course) -> dict[str, list[dict[str, Any]]]:
             unit = {"config": contender.config.to_dict(), "steps": STEPS, "decode": DECODED}
             result = do_unit(SPEED, course.folder(contender, f"speed-{number}"), unit, course.launch)
             found[contender.label].append(result)
-            course.say(
-                f"{contender.label}, round {number} of {ROUNDS}: {result['train_tokens_per_second']:,.0f} tokens/s of "
-                f"training, {result['train_peak_bytes'] / 2**20:,.0f} MiB"
-            )
+            course.say(f"{contender.label}, round {number} of {ROUNDS}: {_costs(result)}")
     return found
+
+
+def _costs(result: dict[str, Any]) -> str:
+    if "failed" in result:
+        return f"broke down: {result['failed']}"
+    return (
+        f"{result['train_tokens_per_second']:,.0f} tokens/s of training, {result['train_peak_bytes'] / 2**20:,.0f} MiB"
+    )
 
 
 def tune(course: Course, contender: Contender) -> Tuning:

@@ -24,16 +24,19 @@ import torch
 from nestlearn.compare.child import RESULT, UNIT, refuse
 from nestlearn.compare.plan import write_json
 from nestlearn.data.batches import Batch
-from nestlearn.errors import UserError
+from nestlearn.errors import NotFinite, UserError
 from nestlearn.train.build import build_model, build_optimizer, vocabulary
 from nestlearn.train.config import TrainConfig
 from nestlearn.train.step import train_step
 
 
 def main(folder: Path) -> int:
+    """A model whose training steps meet a number that is none has no costs: its result says what ``failed``."""
     unit = json.loads((folder / UNIT).read_text())
     try:
         result = measure(TrainConfig.from_dict(unit["config"]), unit["steps"], unit["decode"])
+    except NotFinite as error:
+        result = {"failed": str(error)}
     except UserError as error:
         return refuse(folder, error)
     write_json(folder / RESULT, result)

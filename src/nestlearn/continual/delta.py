@@ -70,7 +70,7 @@ class Delta(State):
 
     def scaled(self, factor: Tensor | float) -> Delta:
         """Times a number, or one per row (B,)."""
-        by = factor[:, None, None] if isinstance(factor, Tensor) else factor
+        by = factor[:, None, None] if isinstance(factor, Tensor) and factor.dim() else factor
         if self.dense is not None:
             return Delta(dense=self.dense * by)
         left, right = self._factors()

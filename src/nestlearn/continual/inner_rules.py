@@ -29,21 +29,27 @@ def initial_memory(level: OnlineLevel, like: Delta) -> Memory:
     return tuple(torch.zeros_like(like.matrix()) for _ in range(count))
 
 
-def change(level: OnlineLevel, memory: Memory, g: Delta, steps: int) -> tuple[Delta, Memory]:
-    """What is added to Δ, and the memory after. steps: changes of this level including this one, >= 1."""
+def change(
+    level: OnlineLevel, memory: Memory, g: Delta, steps: int, rate: Tensor | None = None
+) -> tuple[Delta, Memory]:
+    """What is added to Δ, and the memory after. steps: changes of this level including this one, >= 1.
+
+    rate  () in place of the level's lr
+    """
+    lr = level.lr if rate is None else rate
     if level.rule == "sgd":
-        return g.scaled(-level.lr), memory
+        return g.scaled(-lr), memory
     grad = g.matrix()
     if level.rule == "momentum":
-        m = momentum(memory[0], grad, level.decay, level.lr)
+        m = momentum(memory[0], grad, level.decay, lr)
         return Delta(dense=m), (m,)
     if level.rule == "delta_momentum":
-        m = delta_momentum(memory[0], normalized(grad), grad, level.decay, level.lr)
+        m = delta_momentum(memory[0], normalized(grad), grad, level.decay, lr)
         return Delta(dense=m), (m,)
-    return _m3(level, memory, grad, steps)
+    return _m3(lr, memory, grad, steps)
 
 
-def _m3(level: OnlineLevel, memory: Memory, g: Tensor, steps: int) -> tuple[Delta, Memory]:
+def _m3(lr: float | Tensor, memory: Memory, g: Tensor, steps: int) -> tuple[Delta, Memory]:
     """The practical form of rules/m3.py: M1, V, M2, the sum of the open slow period, and O2."""
     (fast, variance, slow, total, held), (beta1, beta2, beta3) = memory, M3_BETAS
     fast, variance = m3.ema_fast(fast, variance, g, beta1, beta2)
@@ -52,5 +58,5 @@ def _m3(level: OnlineLevel, memory: Memory, g: Tensor, steps: int) -> tuple[Delt
         slow, total = m3.ema_slow(slow, total, beta3, M3_SLOW_PERIOD), torch.zeros_like(total)
         held = newton_schulz(slow, NS_STEPS)
     direction = newton_schulz(m3.nesterov(fast, g, beta1), NS_STEPS) + M3_SLOW_WEIGHT * held
-    update = m3.ema_update(direction, variance, level.lr, M3_EPS)
+    update = m3.ema_update(direction, variance, lr, M3_EPS)
     return Delta(dense=update), (fast, variance, slow, total, held)

@@ -75,7 +75,7 @@ def end_period(level: OnlineLevel, state: LevelState, norms: Sequence[float]) ->
     broken = state.broken | ~torch.isfinite(loss) | ~torch.isfinite(surprise)
     spike, typical = _judge(level, state.typical, loss, ~broken)
     ok = ~(broken | spike)
-    deltas, memory, bounded = _changed(level, state, _kept(state.pending, ok), surprise, norms)
+    deltas, memory, bounded = changed(level, state, _kept(state.pending, ok), surprise, norms)
     broken = broken | (ok & ~torch.isfinite(total_norm(deltas)))
     ok = ok & ~broken
     rolled = state.deltas if state.good is None else state.good
@@ -108,14 +108,22 @@ def restarted(state: LevelState, slower: LevelState) -> LevelState:
     return replace(state, deltas=slower.deltas, good=None if state.good is None else slower.deltas, memory=memory)
 
 
-def _changed(
-    level: OnlineLevel, state: LevelState, sums: Sequence[Delta], surprise: Tensor, norms: Sequence[float]
+def changed(
+    level: OnlineLevel,
+    state: LevelState,
+    sums: Sequence[Delta],
+    surprise: Tensor,
+    norms: Sequence[float | Tensor],
+    rate: Tensor | None = None,
 ) -> tuple[tuple[Delta, ...], tuple[tuple[Tensor, ...], ...], Tensor]:
-    """Δ and the rule's memory after the change, and in which streams a bound was met (B,)."""
+    """Δ and the rule's memory after the change, and in which streams a bound was met (B,).
+
+    rate  () in place of the level's own lr; all is differentiable in it, and in the state's and the sums' tensors
+    """
     scale = (level.clip / surprise.clamp(min=TINY)).clamp(max=1) / max(state.losses, 1)
     deltas, memories, bounded = [], [], torch.zeros_like(surprise, dtype=torch.bool)
     for delta, memory, g, norm in zip(state.deltas, state.memory, sums, norms, strict=True):
-        step, memory = change(level, memory, g.scaled(scale), state.steps + 1)
+        step, memory = change(level, memory, g.scaled(scale), state.steps + 1, rate)
         moved = (delta if level.retention == 1 else delta.scaled(level.retention)).add(step)
         size = moved.norm()
         outside = size > level.bound * norm

@@ -119,13 +119,28 @@ def _check_nested(levels: tuple[OnlineLevel, ...]) -> None:
 def online_levels(model: nn.Module, **settings: Any) -> tuple[OnlineLevel, ...]:
     """The levels that the model itself has, every linear weight of them: of a HopeForCausalLM, or of `stack_levels`.
 
-    settings  of OnlineLevel, the same for all levels; each level's own ``lr_scale`` multiplies ``lr``
+    settings  of OnlineLevel, the same for all levels; each level's own ``lr_scale`` multiplies ``lr``. A model that
+              was trained for levels in context (its config's ``in_context``) brings their settings and learned rates
     """
     linear = {f"{name}.weight": name for name, module in model.named_modules() if is_linear(module)}
+    if isinstance(model, HopeForCausalLM) and model.config.in_context:
+        return _trained_levels(model, linear, settings)
     rate, made = settings.pop("lr", OnlineLevel.lr), []
     for level, names in _own_levels(model).items():
         own = tuple(linear[name] for name in names if name in linear)
         made.append(OnlineLevel(level.name, level.period, own, rate * level.lr_scale, **settings))
+    return tuple(made)
+
+
+def _trained_levels(
+    model: HopeForCausalLM, linear: dict[str, str], settings: dict[str, Any]
+) -> tuple[OnlineLevel, ...]:
+    names = {level.name: own for level, own in _own_levels(model).items()}
+    rates, made = model.inner_rates.log_rate.detach().double().exp().tolist(), []  # pyright: ignore
+    for rate, (name, told) in zip(rates, model.config.in_context.items(), strict=True):
+        own = tuple(linear[weight] for weight in names[name] if weight in linear)
+        told = {key: math.inf if value == "inf" else value for key, value in told.items()}
+        made.append(OnlineLevel(name, weights=own, **{**told, "lr": rate, **settings}))
     return tuple(made)
 
 

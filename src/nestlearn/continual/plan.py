@@ -106,7 +106,7 @@ def make_plan(model: nn.Module, levels: Iterable[OnlineLevel], connection: str, 
     weights = {path: _measure(find_linear(model, path)) for path in paths}
     if connection == "nested":
         _check_shapes(levels, weights)
-    limit = _context_limit(model, context)
+    limit = context_limit(model, context)
     return Plan(levels, connection, limit, weights, describe(levels, connection), fingerprint(model, paths))
 
 
@@ -137,7 +137,7 @@ def _check_differentiable(model: nn.Module) -> None:
             )
 
 
-def _context_limit(model: nn.Module, context: float | None) -> float:
+def context_limit(model: nn.Module, context: float | None) -> float:
     if context is None:
         config = getattr(model, "config", None)
         return float(getattr(config, "max_position_embeddings", None) or math.inf)

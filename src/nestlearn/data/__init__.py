@@ -1,6 +1,6 @@
 """text → tokens → batches, each a pure function of its input; a batch comes with the state to resume after it."""
 
-from nestlearn.data.batches import Batch, Batches, BatchState
+from nestlearn.data.batches import Batch, Batches, BatchState, Streams
 from nestlearn.data.text import Corpus, Document, Documents, first_bytes, read_texts, separate_texts, standard_library
 from nestlearn.data.tokens import Tokenizer, load_tokenizer, tokenize
 
@@ -11,6 +11,7 @@ __all__ = [
     "Corpus",
     "Document",
     "Documents",
+    "Streams",
     "Tokenizer",
     "first_bytes",
     "load_tokenizer",

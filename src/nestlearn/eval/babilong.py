@@ -87,7 +87,7 @@ def compose(
         raise UserError(f"the books have {sum(sizes):,} tokens, not enough for {length:,}: give more text with --text")
     for question in questions:
         room = length - count(" ".join([*question.facts, question.question]))
-        background = _background(book, sizes, room, rng) if length else []
+        background = stretch(book, sizes, room, rng) if length else []
         places = sorted(rng.choices(range(len(background) + 1), k=len(question.facts)))
         parts: list[str] = []
         facts = iter(zip(places, question.facts, strict=True))
@@ -100,7 +100,7 @@ def compose(
         yield {"input": " ".join(filter(None, parts)), "question": question.question, "target": question.answer}
 
 
-def _background(book: Sequence[str], sizes: Sequence[int], room: int, rng: random.Random) -> list[str]:
+def stretch(book: Sequence[str], sizes: Sequence[int], room: int, rng: random.Random) -> list[str]:
     """Sentences in their order that fit into `room` tokens."""
     begin, chosen = rng.randrange(len(book)), []
     for step in range(len(book)):

@@ -35,6 +35,7 @@ _NOUNS = (
     "anchor basket candle desert engine feather garden hammer island jacket kettle ladder market needle orchard pencil "
     "quarry ribbon saddle tunnel umbrella valley window yard zipper bridge cotton dragon forest glacier harbor lantern"
 )
+ADJECTIVES, NOUNS = _ADJECTIVES.split(), _NOUNS.split()
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def samples(
 
 def sample_of(task: Needles, words: Sequence[str], units: int, rng: random.Random) -> Sample:
     """One sample with `units` words of an essay, or so many sentences of noise."""
-    keys = rng.sample([f"{a}-{n}" for a in _ADJECTIVES.split() for n in _NOUNS.split()], task.keys)
+    keys = rng.sample([f"{a}-{n}" for a in ADJECTIVES for n in NOUNS], task.keys)
     values = {key: [_value(task.kind, rng) for _ in range(task.values)] for key in keys}
     needles = [NEEDLE.format(kind=task.kind, key=key, value=v) for key in keys for v in values[key]]
     rng.shuffle(needles)

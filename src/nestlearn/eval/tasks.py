@@ -13,14 +13,15 @@ from typing import Any
 
 from nestlearn.data.text import read_texts
 from nestlearn.errors import UserError, suggest
-from nestlearn.eval import babilong, local_data, needles
+from nestlearn.eval import babilong, local_data, mqar, needles
 from nestlearn.eval.harness import HarnessModel
 
 BOOKS = "books_eltec_eng/eltec_eng_val.jsonl.xz"
 BABILONG = {f"babilong_{task}": task for task in babilong.TASKS}
-NAMES = (*local_data.SOURCES, *needles.NEEDLES, *BABILONG)
+NAMES = (*local_data.SOURCES, *needles.NEEDLES, *mqar.MQAR, *BABILONG)
 BOOTSTRAP = 100  # draws for the standard error of a perplexity
 SAMPLES = 100  # needle prompts of each length, where no limit is given (RULER: 500)
+RECALLS = 25  # MQAR prompts of each length, of up to 8 questions each
 HUB_TIMEOUT = 10.0  # seconds
 
 # The paper's row: heading, task, metric, scale. An accuracy is in percent.
@@ -96,7 +97,7 @@ def check_names(choice: Choice) -> None:
     if long and not choice.lengths:
         raise UserError(f"{long[0]} needs lengths in tokens: give for example --lengths 1024,4096")
     if choice.lengths and not long:
-        raise UserError("--lengths is for ruler_… and babilong_… tasks only: leave it out")
+        raise UserError("--lengths is for ruler_…, mqar_… and babilong_… tasks only: leave it out")
 
 
 def paper_row(results: dict[str, Any]) -> list[tuple[str, float | None]]:
@@ -136,6 +137,9 @@ def _jobs(model: HarnessModel, choice: Choice, folder: Path) -> Iterator[Job]:
         elif name in needles.NEEDLES:
             number, text = choice.limit or SAMPLES, "" if not needles.NEEDLES[name].essay else _haystack(choice)
             yield Job(name, folder, needles.harness_config(name, text, choice.lengths, number, _counter(model)))
+        elif name in mqar.MQAR:
+            number, text = choice.limit or RECALLS, _haystack(choice) if any(choice.lengths) else ""
+            yield Job(name, folder, mqar.harness_config(name, text, choice.lengths, number, _counter(model)))
         else:
             yield from (_babilong(model, name, length, choice, folder, installed) for length in choice.lengths)
 

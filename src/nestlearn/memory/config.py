@@ -11,6 +11,7 @@ from nestlearn.errors import UserError, suggest
 from nestlearn.memory.deep import WriteRule
 
 SLOW = ("k", "v", "eta", "alpha")
+READ = ("before", "after")
 
 
 class Part(NamedTuple):
@@ -36,12 +37,16 @@ class SelfModifyingConfig:
     adaptive              which of k, v, eta, alpha adapt; "q" adds an adaptive query memory
     retention, dgd        False: α = 1; False: plain gradient descent
     retain_to             "zero" (the letter) or "initial"
+    read                  y_t reads "before" (the letter) or "after" the write of token t
     rate_start, retain_start   η / rate_max and α for a zero input read-out, each in (0, 1); several values spread the
                           heads along them, in logits: memories of several time scales
     slow_rate_scale       start of rate_scale for k, v, eta, alpha; 1 is the letter
     w1_scale, w2_scale    spread of the initial weights, times 1/sqrt(fan-in)
     detach_writes         stop-gradient inner loop, an option for comparison
     recompute             lean backward pass; False stores everything and allows higher derivatives
+    keep_every            the lean backward pass keeps the state of every n-th chunk and computes the others again:
+                          n >= 1, "auto" (4), or "sqrt", the root of the sequence's number of chunks: least memory
+    truncate              None, or n >= 1: gradients through the state stop at every n-th chunk boundary of a stream
     """
 
     head_width: int
@@ -63,8 +68,11 @@ class SelfModifyingConfig:
     slow_rate_scale: float = 1.0
     w1_scale: float = 1.0
     w2_scale: float = 1.0
+    read: str = "before"
     detach_writes: bool = False
     recompute: bool = True
+    keep_every: int | str = "auto"
+    truncate: int | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.adaptive, str) or not isinstance(self.adaptive, Iterable):
@@ -79,6 +87,8 @@ class SelfModifyingConfig:
         for name in ("retention", "dgd", "detach_writes", "recompute"):
             if not isinstance(getattr(self, name), bool):
                 raise UserError(f"{name} is {getattr(self, name)!r}, must be True or False")
+        if self.read not in READ:
+            raise UserError(f"read is {self.read!r}, must be one of {list(READ)}{suggest(str(self.read), READ)}")
         for name in self.adaptive:
             if name not in (*SLOW, "q"):
                 raise UserError(f"adaptive names {name!r}, must be among {[*SLOW, 'q']}{suggest(str(name), SLOW)}")
@@ -87,8 +97,14 @@ class SelfModifyingConfig:
     def _check_numbers(self) -> None:
         for name in ("head_width", "hidden_width", "heads", "chunk", "memory_chunk"):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if not _whole(value):
                 raise UserError(f"{name} is {value!r}, must be a whole number, at least 1")
+        if self.truncate is not None and not _whole(self.truncate):
+            raise UserError(f"truncate is {self.truncate!r}, must be None or a whole number of chunks, at least 1")
+        if self.keep_every not in ("auto", "sqrt") and not _whole(self.keep_every):
+            raise UserError(
+                f'keep_every is {self.keep_every!r}, must be "auto", "sqrt" or a whole number of chunks, at least 1'
+            )
         for name in ("rate_max", "slow_rate_scale", "w1_scale", "w2_scale"):
             if not 0 <= _number(name, getattr(self, name)) < math.inf:
                 raise UserError(f"{name} is {getattr(self, name)}, must be finite and >= 0")
@@ -100,6 +116,12 @@ class SelfModifyingConfig:
     def memory_length(self) -> int:
         """memory_chunk, resolved."""
         return self.chunk if self.memory_chunk is None else self.memory_chunk
+
+    def kept_every(self, tokens: int) -> int:
+        """keep_every for a sequence of so many tokens."""
+        if self.keep_every == "sqrt":
+            return max(1, math.isqrt(-(-tokens // self.chunk)))
+        return 4 if self.keep_every == "auto" else int(self.keep_every)
 
     @property
     def rule(self) -> WriteRule:
@@ -137,6 +159,11 @@ class SelfModifyingConfig:
         if self.memory_length == self.chunk or first == count - 1:
             return (Part(slice(first, count), self.memory_length),)
         return Part(slice(first, count - 1), self.chunk), Part(slice(count - 1, count), self.memory_length)
+
+
+def _whole(value: object) -> bool:
+    """Whether it is a whole number of at least 1."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _start(name: str, value: object) -> float | tuple[float, ...]:

@@ -111,6 +111,7 @@ def deep_chunk(
     query: Tensor | None = None,
     surprise: list[Tensor] | None = None,
     mix: Tensor | None = None,
+    read_after: bool = False,
 ) -> tuple[Tensor | None, Fast]:
     """Write one chunk into G memories, and read the last of them at ``query``, each read before its token's write.
 
@@ -120,6 +121,7 @@ def deep_chunk(
     initial    (G, H, ·, ·), where retention pulls (``retain_to="initial"``)
     surprise   a list to append ‖∇_y L̃‖ (B, G, H, C) to
     mix        λ (G, H, 1, 1) of the objective "mix"
+    read_after each read after its token's write instead
 
     Returns (reads (B, H, C, d) or None, live weights after the chunk).
     """
@@ -134,7 +136,11 @@ def deep_chunk(
     anchor = initial if rule.retain_to == "initial" else None
     write1 = _write(hidden, error, rate, live.w1, live.m1, decays, rule, image if whole else None, anchor and anchor.w1)
     write2 = _write(key, error2, rate, live.w2, live.m2, decays, rule, z if whole else None, anchor and anchor.w2)
-    reads = None if query is None else _read_last(query, write1, write2, live, decays, anchor)
+    reads = (
+        None
+        if query is None
+        else _read_last(query, write1, write2, live, decays.after() if read_after else decays, anchor)
+    )
     w1, m1 = chunk_end(write1, live.w1, live.m1, decays, anchor=anchor and anchor.w1)
     w2, m2 = chunk_end(write2, live.w2, live.m2, decays, anchor=anchor and anchor.w2)
     if surprise is not None:

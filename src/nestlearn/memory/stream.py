@@ -9,7 +9,9 @@ need to be kept.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -68,6 +70,8 @@ def run_stream(
     fresh: bool,
     recompute: bool,
     loop: Loop | None = None,
+    truncate: int | None = None,
+    static: int = 0,
 ) -> tuple[Tensor, FastState]:
     """Fold ``step`` over a sequence, cut at multiples of ``chunk`` of each row's own stream.
 
@@ -77,35 +81,39 @@ def run_stream(
     periods   (M,) chunk of each memory
     fresh     the state is at a chunk boundary for certain, so nothing needs to be looked up on the device
     loop      (live, inputs, constants) -> (output, live): all steps from a chunk boundary on in one function
+    truncate  no gradient passes the boundary before a chunk whose number in its row's stream is a multiple of this,
+              number 0 excepted; the first ``static`` memories, which do not change, keep their gradients
     """
     length = inputs[0].shape[-2]
+    period = chunk * (truncate or 1)
+    if truncate is not None and not fresh and torch.is_grad_enabled():
+        state = _severed_rows(state, period, static)
     if length == 1 and not fresh:
         return _one_token(step, state, inputs, constants, periods)
-    offsets = [0] if fresh else torch.unique(state.seen % chunk).tolist()
+    offsets = [0] if fresh else torch.unique(state.seen % period).tolist()
     if len(offsets) > 1:
-        return _by_offset(step, state, inputs, constants, periods, offsets, chunk=chunk, recompute=recompute, loop=loop)
+        again = partial(
+            run_stream, step, constants=constants, periods=periods, chunk=chunk, fresh=False, recompute=recompute,
+            loop=loop, truncate=truncate, static=static,
+        )  # fmt: skip
+        return _by_offset(again, state, inputs, offsets, period)
     live, start = Fast(state.w1, state.w2, state.m1, state.m2), Weights(state.start1, state.start2)
     outputs, cut = [], 0
-    if offsets[0]:
-        cut = min(chunk - offsets[0], length)
-        output, live, start = step(live, start, _cut(inputs, 0, cut), constants, offsets[0])
+    if offsets[0] % chunk:
+        cut = min(chunk - offsets[0] % chunk, length)
+        output, live, start = step(live, start, _cut(inputs, 0, cut), constants, offsets[0] % chunk)
         outputs.append(output)
     whole = (length - cut) // chunk * chunk
-    if whole:
-
-        def fold(carry: Tensors, given: Tensors, fixed: Tensors) -> tuple[Tensor, Tensors]:
-            output, end, _ = step(Fast(*carry), None, given, fixed, 0)
-            return output, end
-
-        given = _cut(inputs, cut, cut + whole)
-        if loop is None:
-            pieces = [slice(a, a + chunk) for a in range(0, whole, chunk)]
-            output, carry = scan(fold, live, given, constants, pieces, recompute=recompute)
-        else:
-            output, carry = loop(live, given, constants)
-        live, start = Fast(*carry), Weights(carry[0], carry[1])
+    edges = _edges(cut, cut + whole, offsets[0], None if truncate is None else period)
+    for begin, end in pairwise(edges):
+        if begin > cut or (cut and truncate is not None and (offsets[0] + cut) % period == 0):
+            live = _severed(live, static)
+        output, live = _whole(step, live, _cut(inputs, begin, end), constants, chunk, recompute, loop)
+        start = live.weights
         outputs.append(output)
     if cut + whole < length:
+        if truncate is not None and cut + whole and (offsets[0] + cut + whole) % period == 0:
+            live = _severed(live, static)
         given = _cut(inputs, cut + whole, length)
         if loop is None:
             output, live, start = step(live, None, given, constants, 0)
@@ -115,6 +123,45 @@ def run_stream(
         outputs.append(output)
     output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-2)
     return output, FastState(*live, *start, state.seen + length, state.names)
+
+
+def _whole(
+    step: Step, live: Fast, given: Tensors, constants: Tensors, chunk: int, recompute: bool, loop: Loop | None
+) -> tuple[Tensor, Fast]:
+    """Whole chunks, from a chunk boundary on."""
+    if loop is not None:
+        return loop(live, given, constants)
+
+    def fold(carry: Tensors, given: Tensors, fixed: Tensors) -> tuple[Tensor, Tensors]:
+        output, end, _ = step(Fast(*carry), None, given, fixed, 0)
+        return output, end
+
+    pieces = [slice(a, a + chunk) for a in range(0, given[0].shape[-2], chunk)]
+    output, carry = scan(fold, live, given, constants, pieces, recompute=recompute)
+    return output, Fast(*carry)
+
+
+def _edges(begin: int, end: int, offset: int, period: int | None) -> list[int]:
+    """``begin``, the boundaries of ``period`` between it and ``end``, and ``end``; ``offset`` is token 0's place."""
+    if begin == end:
+        return []
+    inner = [] if period is None else range(begin + period - (offset + begin) % period, end, period)
+    return [begin, *inner, end]
+
+
+def _severed(live: Fast, static: int) -> Fast:
+    """Equal numbers without a gradient, but for the first ``static`` memories."""
+    if not static:
+        return Fast(*(t.detach() for t in live))
+    return Fast(*(torch.cat([t[:, :static], t[:, static:].detach()], dim=1) for t in live))
+
+
+def _severed_rows(state: FastState, period: int, static: int) -> FastState:
+    """Without gradients in the rows that stand at a boundary of ``period`` and have read something."""
+    at = ((state.seen % period == 0) & (state.seen > 0))[:, None, None, None, None]
+    live = Fast(state.w1, state.w2, state.m1, state.m2)
+    live = Fast(*(torch.where(at, cut, t) for t, cut in zip(live, _severed(live, static), strict=True)))
+    return replace(state, **live._asdict())
 
 
 def _cut(inputs: Tensors, begin: int, end: int) -> Tensors:
@@ -133,32 +180,10 @@ def _one_token(
 
 
 def _by_offset(
-    step: Step,
-    state: FastState,
-    inputs: Tensors,
-    constants: Tensors,
-    periods: Tensor,
-    offsets: list[int],
-    *,
-    chunk: int,
-    recompute: bool,
-    loop: Loop | None,
+    again: Callable[..., tuple[Tensor, FastState]], state: FastState, inputs: Tensors, offsets: list[int], period: int
 ) -> tuple[Tensor, FastState]:
-    """Rows at different places of their chunks: one run for each place, results put back in order."""
-    rows = [torch.nonzero(state.seen % chunk == offset).flatten() for offset in offsets]
-    results = [
-        run_stream(
-            step,
-            state[r],
-            tuple(t[r] for t in inputs),
-            constants,
-            periods,
-            chunk=chunk,
-            fresh=False,
-            recompute=recompute,
-            loop=loop,
-        )
-        for r in rows
-    ]
+    """Rows at different places: one run for each place, results put back in order."""
+    rows = [torch.nonzero(state.seen % period == offset).flatten() for offset in offsets]
+    results = [again(state=state[r], inputs=tuple(t[r] for t in inputs)) for r in rows]
     order = torch.argsort(torch.cat(rows))
     return torch.cat([output for output, _ in results])[order], State.cat([end for _, end in results])[order]

@@ -15,6 +15,7 @@ from nestlearn.levels import parse_levels
 from nestlearn.memory.self_modifying import SelfModifyingConfig
 from nestlearn.models.continuum import CONNECTIONS, split_hidden
 from nestlearn.models.hope import CONTINUUM_MIXERS, MIXER_NAMES, ROTARY, Shape, mixer_name, mixers_in_turn
+from nestlearn.models.in_context import in_context_levels
 
 # What HOPE's memories start from where the paper is silent; LOG.md has the comparisons behind these values.
 # A write takes from the trained initial weights what they hold along its key. Retention towards them (``retain_to``)
@@ -55,6 +56,8 @@ class HopeConfig(PreTrainedConfig):
     persistent_tokens  trained tokens that every token of "titans_mac", "titans_mag" and "titans_mal" sees
     initializer_range  standard deviation of the outer weights at the start; a narrow model learns faster from
                        hidden_size^(−1/2), as the preset tiny-cpu has it (LOG.md)
+    in_context         the levels that the model is trained to change in context: {name of a level: settings}, those of
+                       OnlineLevel but name and weights; lr is where the learned rate starts
     memory             settings of SelfModifyingConfig that differ from the defaults; hidden_width defaults to the head
                        width. Kept and saved in full, so that a checkpoint does not depend on the defaults of its reader
     """
@@ -74,6 +77,7 @@ class HopeConfig(PreTrainedConfig):
     conv_width: int = 4
     window: int = 64
     persistent_tokens: int = 4
+    in_context: Any = None
     rope_theta: float = 10_000.0
     rms_norm_eps: float = 1e-6
     initializer_range: float = 0.02
@@ -94,6 +98,7 @@ class HopeConfig(PreTrainedConfig):
         self._check_numbers()
         settings = {k: v for k, v in asdict(self.memory_config()).items() if k not in _DERIVED}
         self.memory = {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}
+        self.in_context = in_context_levels(self.in_context, [level["name"] for level in self.levels])
         super().__post_init__(**kwargs)
         self.shape()
 
@@ -128,6 +133,9 @@ class HopeConfig(PreTrainedConfig):
             )
         levels = parse_levels(self.levels)
         split_hidden(self.intermediate_size, levels, self.connection)
+        shares = [level.layers for level in levels]
+        if max(shares) < 1 or (self.connection == "nested" and min(shares) < 1):
+            raise UserError(f"levels have the shares of layers {shares}: at least one is 1, and all nested ones")
         return Shape(
             self.hidden_size,
             self.num_hidden_layers,

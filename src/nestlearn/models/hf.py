@@ -19,18 +19,22 @@ from nestlearn.memory.deep import InitialWeights
 from nestlearn.memory.self_modifying import Mix, ReadOut, SelfModifyingMemory
 from nestlearn.memory.state import State
 from nestlearn.memory.titans import InnerNorm
+from nestlearn.models.attention import CausalAttention
 from nestlearn.models.baselines import DecayGate
 from nestlearn.models.config import HopeConfig
 from nestlearn.models.continuum import Continuum
 from nestlearn.models.describe import LevelRow, level_table
 from nestlearn.models.hope import HopeBackbone, HopeState
+from nestlearn.models.in_context import InnerRates
 from nestlearn.models.mamba2 import Mamba2Layer
 from nestlearn.models.memory_layer import CausalConv
 from nestlearn.models.mlp import RMSNorm
+from nestlearn.models.packing import Document, documents, run_packed
 from nestlearn.models.padding import real_spans, run_unpadded
 from nestlearn.models.trace import Trace, trace
 from nestlearn.models.window_attention import WindowAttention
 
+_OTHER_BOUNDS = ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k")  # other ways to say what position_ids say
 _ALIGNED = 64  # bytes, of memory that torch allocates
 
 
@@ -122,7 +126,7 @@ class HopePreTrainedModel(PreTrainedModel):
             module.reset_persistent()
         elif isinstance(module, Mamba2Layer):
             module.reset_own_parameters()
-        elif isinstance(module, CausalConv | DecayGate | Mix | ReadOut):
+        elif isinstance(module, CausalConv | DecayGate | InnerRates | Mix | ReadOut):
             _reset_what_is_not_loaded(module)
         elif isinstance(module, nn.ParameterDict):
             # Hugging Face visits the modules that hold a parameter themselves, not their owners.
@@ -135,7 +139,7 @@ class HopePreTrainedModel(PreTrainedModel):
             nn.init.ones_(module.weights)
 
 
-def _reset_what_is_not_loaded(module: CausalConv | DecayGate | Mix | ReadOut) -> None:
+def _reset_what_is_not_loaded(module: CausalConv | DecayGate | InnerRates | Mix | ReadOut) -> None:
     """Hugging Face protects loaded weights from the functions of nn.init only; these modules also copy and add."""
     loaded = [(p, p.clone()) for p in module.parameters() if getattr(p, "_is_hf_initialized", False)]
     module.reset_parameters()
@@ -153,6 +157,7 @@ class HopeForCausalLM(HopePreTrainedModel, GenerationMixin):
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.model = HopeBackbone(config.shape())
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.inner_rates = InnerRates(config.in_context) if config.in_context else None
         self.gradient_checkpointing = False
         self.post_init()
         self.model.restart({level.period for level in self.model.shape.levels})  # nested levels start equal
@@ -181,22 +186,28 @@ class HopeForCausalLM(HopePreTrainedModel, GenerationMixin):
         attention_mask  (B, T) or (B, past + T), zeros at padding, which never enters a state: rows run without it and
                         their logits are zero there. Right padding costs nothing where no cache is wanted, since no
                         real token sees it; the logits there are then arbitrary
-        use_cache       None: the config's choice, but False for labels with a mask (a padded training batch)
+        use_cache       None: the config's choice, but False for labels with a mask (a padded training batch) or packed
+        position_ids    (B, T), 0 where a document begins: packed documents, each read as if alone (packing.py);
+                        no label is predicted across them, and the cache is that of each row's last document
         """
-        self._refuse_unsupported(kwargs)
+        positions = kwargs.pop("position_ids", None)
+        self._refuse_unsupported(kwargs, positions, attention_mask, past_key_values)
         if (input_ids is None) == (inputs_embeds is None):
             raise UserError("give either input_ids or inputs_embeds, not both and not neither")
         x = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
         _check_inputs(x, past_key_values, len(self.model.blocks))
         if use_cache is None:
-            use_cache = self.config.use_cache and (labels is None or attention_mask is None)
+            use_cache = self.config.use_cache and (labels is None or (attention_mask is None and positions is None))
         every = bool(output_hidden_states)
-        hidden_states, state = self._run(x, past_key_values, attention_mask, exact=bool(use_cache), every=every)
+        packed = None if positions is None else documents(positions, x)
+        hidden_states, state = self._run(x, past_key_values, attention_mask, packed, exact=bool(use_cache), every=every)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(hidden_states[-1][:, keep])
         loss = None
         if labels is not None:
             labels = _after_real(labels, attention_mask)
+            if positions is not None:
+                labels = labels.masked_fill(positions.view_as(labels) == 0, -100)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         seen = x.shape[1] + (0 if past_key_values is None else past_key_values.seen)
         return CausalLMOutputWithPast(
@@ -207,7 +218,14 @@ class HopeForCausalLM(HopePreTrainedModel, GenerationMixin):
         )
 
     def _run(
-        self, x: Tensor, past: HopeCache | None, mask: Tensor | None, *, exact: bool, every: bool
+        self,
+        x: Tensor,
+        past: HopeCache | None,
+        mask: Tensor | None,
+        packed: list[Document] | None,
+        *,
+        exact: bool,
+        every: bool,
     ) -> tuple[tuple[Tensor, ...], HopeState]:
         """Hidden states (B, T, width), the last one or ``every`` one, and the state after x.
 
@@ -222,6 +240,8 @@ class HopeForCausalLM(HopePreTrainedModel, GenerationMixin):
             return (*(inputs or ()), hidden), after
 
         state = None if past is None else past.state
+        if packed is not None and len(packed) > len(x):
+            return run_packed(run, x, packed, exact=exact)
         if mask is None:
             return run(x, state)
         spans = real_spans(_new_columns(mask, x))
@@ -230,9 +250,15 @@ class HopeForCausalLM(HopePreTrainedModel, GenerationMixin):
         return run_unpadded(run, x, state, spans)
 
     @staticmethod
-    def _refuse_unsupported(kwargs: dict[str, Any]) -> None:
-        if kwargs.get("position_ids") is not None:
-            raise UserError("position_ids are given, but HOPE reads its stream in order: leave them out")
+    def _refuse_unsupported(
+        kwargs: dict[str, Any], positions: Tensor | None, mask: Tensor | None, past: HopeCache | None
+    ) -> None:
+        if positions is not None and (mask is not None or past is not None):
+            other = "attention_mask" if past is None else "past_key_values"
+            raise UserError(f"position_ids say where packed documents begin, which {other} cannot: give one of the two")
+        bounds = [name for name in _OTHER_BOUNDS if kwargs.get(name) is not None]
+        if bounds and positions is None:
+            raise UserError(f"{bounds[0]} is given: packed documents need position_ids, 0 where each begins")
         if kwargs.get("output_attentions"):
             raise UserError("output_attentions is True: HOPE has no attention weights; see model.trace for what it has")
 
@@ -275,6 +301,19 @@ class HopeForCausalLM(HopePreTrainedModel, GenerationMixin):
         """Every parameter's multiplier of the learning rate."""
         levels = self.parameter_levels()
         return {name: levels[name].lr_scale if name in levels else 1.0 for name, _ in self.named_parameters()}
+
+    def continued(self, state: HopeState) -> HopeCache:
+        """The cache to read on from ``state``, which the weights have learned since."""
+        device = next(self.parameters()).device
+        return HopeCache(self.model.renewed(state.to(device)), 0)
+
+    def check_carried(self) -> None:
+        """UserError where a state cannot be carried through a long stream, because it grows with it."""
+        if any(isinstance(block.mixer, CausalAttention) for block in self.model.layers):
+            raise UserError(
+                f"the mixer {self.config.mixer!r} keeps every token, so its state cannot be carried from batch to "
+                "batch: set carry_state=false or take a mixer whose state has one size"
+            )
 
     def after_step(self, fired: set[float]) -> None:
         """To be called after an optimizer step with the periods of the levels that changed (nested levels restart)."""

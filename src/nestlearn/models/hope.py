@@ -8,6 +8,7 @@ The mixer is a choice of `MIXERS`; everything else is shared. Nothing here knows
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
@@ -124,6 +125,13 @@ def mixers_in_turn(name: str) -> tuple[str, ...]:
     return TURNS.get(name, (name,))
 
 
+def levels_of_layer(shape: Shape, number: int) -> tuple[tuple[Level, ...], int]:
+    """The levels that a layer, counted from 0, has, and their summed hidden width."""
+    here = {level for level in shape.levels if number >= shape.layers - math.ceil(level.layers * shape.layers)}
+    absent = [level.hidden_size or 0 for level in shape.levels if level not in here]
+    return tuple(level for level in shape.levels if level in here), shape.intermediate_size - sum(absent)
+
+
 @dataclass(frozen=True)
 class HopeState(State):
     """The states of all layers' mixers for one batch of streams."""
@@ -140,7 +148,8 @@ class HopeBlock(nn.Module):
         turns = mixers_in_turn(shape.mixer)
         self.norm = RMSNorm(shape.hidden_size, shape.eps)
         self.mixer = MIXERS[turns[number % len(turns)]](shape)
-        self.cms = Continuum(shape.hidden_size, shape.intermediate_size, shape.levels, shape.connection, shape.eps)
+        levels, hidden = levels_of_layer(shape, number)
+        self.cms = Continuum(shape.hidden_size, hidden, levels, shape.connection, shape.eps)
 
     def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """x (B, T, width), state of the mixer. Returns (x, state)."""
@@ -183,6 +192,13 @@ class HopeBackbone(nn.Module):
             x, after = block(x, before) if checkpoint is None else checkpoint(block, x, before)
             states.append(after)
         return self.norm(x), HopeState(tuple(states))
+
+    def renewed(self, state: HopeState) -> HopeState:
+        """``state`` to read on from after a training step: what is not a state of the stream is as it is now."""
+        pairs = zip(self.layers, state.layers, strict=True)
+        return HopeState(
+            tuple(b.mixer.renewed(s) if isinstance(b.mixer, SelfModifyingLayer) else s for b, s in pairs)  # pyright: ignore[reportArgumentType]
+        )
 
     def restart(self, fired: set[float]) -> None:
         """See `Continuum.restart`."""

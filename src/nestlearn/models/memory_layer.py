@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from nestlearn.memory.linear import LinearConfig, LinearMemory
 from nestlearn.memory.self_modifying import ReadOut, SelfModifyingConfig, SelfModifyingMemory, Signals
 from nestlearn.memory.state import State
+from nestlearn.memory.stream import FastState
 from nestlearn.models.mlp import RMSNorm
 from nestlearn.ops.causal_conv import causal_conv
 from nestlearn.ops.pointwise import l2norm
@@ -106,6 +107,11 @@ class SelfModifyingLayer(MemoryFrame):
         query = l2norm(query)
         read, end = self.memory(key, query, state, value)
         return read - query, end
+
+    def renewed(self, state: LayerState) -> LayerState:
+        """See `SelfModifyingMemory.renewed`."""
+        assert isinstance(state.memory, FastState)
+        return LayerState(state.tail, self.memory.renewed(state.memory))
 
     @torch.no_grad()
     def observe(self, x: Tensor) -> Signals:

@@ -137,12 +137,27 @@ class Decays(NamedTuple):
     power_end: Tensor
     mu_end: float | Tensor
 
+    def after(self) -> Decays:
+        """For reads after the token's own write: γ, R, w0, W in the place of γ', R', w0', W', one row further each."""
+        leak = None if self.leak is None or self.leak_end is None else one_later(self.leak, self.leak_end)
+        return self._replace(
+            kept=one_later(self.kept, self.kept_end),
+            retain=one_later(self.retain, self.retain_end.mT),
+            leak=leak,
+            moment=one_later(self.moment, self.moment_end.mT),
+        )
+
+
+def one_later(rows: Tensor, end: Tensor) -> Tensor:
+    """Rows 2 … C and the end's: (…, C, ·)."""
+    return torch.cat([rows[..., 1:, :], end], dim=-2)
+
 
 def chunk_decays(log_retain: Tensor, mu: float) -> Decays:
     """All decay factors of a chunk from log α (…, C). Ratios are taken in log space: nothing overflows."""
     size = log_retain.shape[-1]
     after = log_retain.cumsum(-1)  # log γ_t
-    before = after - log_retain  # log γ_{t−1}
+    before = torch.nn.functional.pad(after[..., :-1], (1, 0))  # log γ_{t−1}, bit by bit: R'[t,t−1] is 1
     ratio = _ratios(torch.cat([before, after[..., -1:]], dim=-1), after)  # R' with R[C,:] as its last row
     kept, kept_end = before.exp()[..., None], after[..., -1:].exp()[..., None]
     retain, retain_end = ratio[..., :-1, :], ratio[..., -1, :, None]
@@ -228,7 +243,7 @@ def chunk_read(
     *,
     anchored: Tensor | None = None,
 ) -> Tensor:
-    """What each query (…, C, in) reads before its own token's write: (…, C, out)."""
+    """What each query (…, C, in) reads before its token's write, with ``decays.after()`` after it: (…, C, out)."""
     products = query @ write.inputs.mT
     read = chunk_share(carried, carried_momentum, anchored, decays)
     if write.erased is None:

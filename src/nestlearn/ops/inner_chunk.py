@@ -4,7 +4,7 @@ With the state at the chunk's start, k, v, η, α from `inner_gates.py`, and for
 
     v̂ = n(M(v))     z = w2 k     a = σ(z)     e = λ (k + w1 a) − v̂     e2 = (w1ᵀ e) ∘ σ'(z)     ρ = η · scale
     w1: DGD writes of x = a, g = e          w2: DGD writes of x = k, g = e2          gain = ρ / (1 + ρ ‖x‖²)
-    y = q + w1 σ(w2 q), both layers read before each token's own write
+    y = q + w1 σ(w2 q), both layers read before each token's own write, or after it
 
 λ = 0 is the objective "dot", 1 is "l2". `inner_layer.py` has the writes, `inner_read.py` the reads.
 
@@ -45,6 +45,7 @@ class LoopSpec(NamedTuple):
     chunk           C, tokens
     momentum        μ in [0, 1);  rate_max  upper end of η
     normalise       whether v̂ is normalised;  anchored  retention towards the initial weights;  retention  False: α = 1
+    after           y reads after the write of its own token
     keep            the state is kept at every keep-th chunk, the others are computed again in the backward pass
     """
 
@@ -56,6 +57,7 @@ class LoopSpec(NamedTuple):
     normalise: bool = True
     anchored: bool = False
     retention: bool = True
+    after: bool = False
     keep: int = 4
 
 
@@ -187,7 +189,7 @@ def run_chunk(
     layer2 = solve(key, torch.bmm(made.k, made.k.mT), pulled * slope, rate, carried2, shares)
     end(layer1, s1, frame.anchor1, shares, into1)
     end(layer2, s2, frame.anchor2, shares, into2)
-    last = shares.last(n)
+    last = shares.last(n, after=spec.after)
     read2 = read(made.q, _last(layer2, n), s2[-n:], _tail(frame.anchor2, n), last)
     read1 = read(F.silu(read2.out), _last(layer1, n), s1[-n:], _tail(frame.anchor1, n), last)
     return made.q + read1.out, Chunk(made, errors, shares, layer1, layer2, read1, read2)
@@ -199,11 +201,7 @@ def _tail(t: Tensor | None, count: int) -> Tensor | None:
 
 def _last(solved: Solved, count: int) -> Solved:
     """The last map's part: what a read needs."""
-    return solved._replace(
-        x=solved.x[-count:],
-        updates=solved.updates[-count:],
-        erased=solved.erased[-count:],
-    )
+    return solved._replace(x=solved.x[-count:], updates=solved.updates[-count:], erased=solved.erased[-count:])
 
 
 @dataclass
@@ -243,7 +241,6 @@ def chunk_back(
     d_end: StateGrads,
     done: Chunk,
     before: tuple[Tensor, Tensor],
-    after: tuple[Tensor, Tensor],
     frame: Frame,
     totals: Totals,
 ) -> tuple[tuple[Tensor, ...], StateGrads]:
@@ -254,8 +251,8 @@ def chunk_back(
     weights, layer1, layer2 = Weights(s1[:, :d], s2[:, :h]), done.layer1, done.layer2
     asked1, asked2 = _read_back(dy, done, before, frame, grads)
 
-    ds1, da1 = end_back(d_end.s1, after[0], s1, frame.anchor1, shares, grads, d)
-    ds2, da2 = end_back(d_end.s2, after[1], s2, frame.anchor2, shares, grads, h)
+    ds1, da1 = end_back(d_end.s1, s1, frame.anchor1, shares, grads, d)
+    ds2, da2 = end_back(d_end.s2, s2, frame.anchor2, shares, grads, h)
     dk, d_error2, d_gain2, d_share2 = solve_back(
         layer2, d_end.s2, d_end.m2, asked2.erased, asked2.updates, shares, grads
     )
@@ -301,11 +298,11 @@ def chunk_back(
 def _read_back(
     dy: Tensor, done: Chunk, before: tuple[Tensor, Tensor], frame: Frame, grads: LogGrads
 ) -> tuple[ReadGrads, ReadGrads]:
-    n, (s1, s2) = frame.count, before
-    last = done.shares.last(n)
-    asked1 = read_back(dy, done.read1, _last(done.layer1, n), s1[-n:], _tail(frame.anchor1, n), last, grads)
+    n, (s1, s2), after = frame.count, before, frame.spec.after
+    last, anchors = done.shares.last(n, after=after), (_tail(frame.anchor1, n), _tail(frame.anchor2, n))
+    asked1 = read_back(dy, done.read1, _last(done.layer1, n), s1[-n:], anchors[0], last, grads, after=after)
     inner = gates.silu_back(asked1.query, done.read2.out)
-    asked2 = read_back(inner, done.read2, _last(done.layer2, n), s2[-n:], _tail(frame.anchor2, n), last, grads)
+    asked2 = read_back(inner, done.read2, _last(done.layer2, n), s2[-n:], anchors[1], last, grads, after=after)
     return asked1, asked2
 
 

@@ -15,12 +15,15 @@ Backward, d· marking a gradient:
 
 At μ = 0, W' = R' and everything is in T = E + Ĝ: P = share − Q D (share + G), dT as dE above, dĜ = w.
 
-Decays are taken in log space, R'[t,r] = exp(a_t − b_r). Every share of row t but the anchor's carries the factor
-exp(a_t), and what R' does to E_r carries exp(−b_r), so their gradients are products of rows, no C × C matrix:
+Decays are taken in log space, R'[t,r] = exp(a_t − b_r), a_t = log γ_{t−1}, b_r = log γ_r, a_end = log γ_C. With J the
+gradient of log R' (row "end": of log R[C,:]), summed over all maps, and Z the same of W' = R' L:
 
-    da_t = ⟨dright_t, P_t − A x_t⟩     da_end = ⟨dS_C, S_C − A⟩     db_r = −⟨E_r, w_r⟩ (μ = 0: −⟨T_r, w_r⟩)
+    J = −(dright Eᵀ) ∘ K ∘ R'     J_end = R[C,:] ∘ ⟨dleft, E⟩      (μ = 0: T for E)
+    da_t = γ'_t ⟨dright_t, (S₀ − A) x_t⟩ + Σ_r J[t,r]     db_r = −Σ_t J[t,r]
+    da_end = γ_C ⟨dS_C, S₀ − A⟩ + Σ_r J_end[r]
 
-Only momentum's W' = R' L needs its matrix of gradients, Z, summed over all maps first.
+R'[t,t−1] and R[C,C] are 1 whatever α is. They stay out of these sums: left in, their gradients would cancel only to
+rounding, and at small α there is little else.
 
 Letters: F folded maps (memories × heads and rows), N heads and rows, C tokens; X (F, C, in); G, P (F, C, out); the
 state's rows are [S; m] (F, 2·out, in), without m at μ = 0.
@@ -66,12 +69,14 @@ class Shares(NamedTuple):
             plain.moment[None], -plain.moment_end.repeat(maps, 1, 1), -plain.power_end, plain.mu_end, plain,
         )  # fmt: skip
 
-    def last(self, count: int) -> Shares:
-        """For the last map alone, of ``count`` heads and rows."""
-        leak, leak_end = (t if t is None else t[-count:] for t in (self.leak, self.leak_end))
-        return Shares(
-            self.kept[-count:], self.kept_end[-count:], self.retain, self.retain_end[-count:], leak, leak_end,
-            self.moment, self.moment_end[-count:], self.power_end, self.mu_end, self.plain,
+    def last(self, count: int, *, after: bool) -> Shares:
+        """For reads of the last map alone, of ``count`` heads and rows, before or after a token's own write."""
+        plain = self.plain.after() if after else self.plain
+        return self._replace(
+            kept=plain.kept, retain=plain.retain[None], leak=plain.leak, moment=plain.moment[None],
+            kept_end=self.kept_end[-count:], retain_end=self.retain_end[-count:],
+            leak_end=None if self.leak_end is None else self.leak_end[-count:],
+            moment_end=self.moment_end[-count:],
         )  # fmt: skip
 
 
@@ -101,10 +106,10 @@ class Solved(NamedTuple):
 
 
 class LogGrads(NamedTuple):
-    """Gradients of the log decays, collected over all maps of a chunk: rows, leak (N, C + 1), columns (N, C), and Z."""
+    """Gradients of the log decays, collected over all maps of a chunk: rows (of γ', γ_C) and leak (N, C + 1); J, Z."""
 
     rows: Tensor
-    columns: Tensor
+    ratios: Tensor  # J (N, C + 1, C)
     leak: Tensor | None
     moment: Tensor | None
 
@@ -114,20 +119,22 @@ class LogGrads(NamedTuple):
         count, size = log_retain.shape
         leak = log_retain.new_zeros(count, size + 1) if mu else None
         moment = log_retain.new_zeros(count, size + 1, size) if mu else None
-        return cls(log_retain.new_zeros(count, size + 1), torch.zeros_like(log_retain), leak, moment)
+        return cls(log_retain.new_zeros(count, size + 1), log_retain.new_zeros(count, size + 1, size), leak, moment)
 
     def finish(self, decays: Decays, mu: float) -> Tensor:
         """d log α (N, C)."""
-        columns = self.columns
+        size = self.rows.shape[1] - 1
+        ratios = self.ratios
         if self.moment is not None and self.leak is not None:
-            size = columns.shape[1]
-            steps = torch.arange(size, device=columns.device)
-            power = mu ** (steps[:, None] - steps).clamp(min=0).to(columns.dtype)
-            first = mu ** (steps + 1).to(columns.dtype)
+            steps = torch.arange(size, device=ratios.device)
+            power = mu ** (steps[:, None] - steps).clamp(min=0).to(ratios.dtype)
+            first = mu ** (steps + 1).to(ratios.dtype)
             ratio = torch.cat([decays.retain, decays.retain_end.mT], dim=1)
             total = torch.addcmul(self.moment @ power.tril().mT, self.leak[..., None], first)
-            columns = columns + (total * ratio).sum(1)
-        return (self.rows[:, 1:] - columns).flip(-1).cumsum(-1).flip(-1)
+            ratios = torch.addcmul(ratios, total, ratio)
+        ratios.diagonal(-1, dim1=1, dim2=2).zero_()  # what is 1 whatever α is
+        rows = self.rows[:, 1:] + ratios.sum(2)[:, 1:]
+        return (rows - ratios.sum(1)).flip(-1).cumsum(-1).flip(-1)
 
 
 def over_maps(rows: Tensor, count: int) -> Tensor:
@@ -161,13 +168,19 @@ def carry_back(
     return dx.baddbmm_(held, anchor), d_state, torch.bmm(held.mT, x)
 
 
-def log_rows(d_share: Tensor, whole: Tensor, carried: Carried, grads: LogGrads) -> None:
-    """Collect ⟨dright_t, P_t − A x_t⟩ and the leak's part; ``whole`` is P, or what a query read."""
+def log_rows(d_share: Tensor, carried: Carried, shares: Shares, grads: LogGrads, first: int = 0) -> None:
+    """Collect γ'_t ⟨dright_t, (S₀ − A) x_t⟩ and the leak's part.
+
+    first  1 where token t has the decays of row t + 1: reads after its own write
+    """
+    rows = slice(first, first + d_share.shape[-2])
     count, out = len(grads.rows), d_share.shape[-1]
-    free = whole if carried.anchored is None else whole - carried.anchored
-    grads.rows[:, :-1] += over_maps((d_share * free).sum(-1), count)
+    free = carried.moved[..., :out]
+    if carried.anchored is not None:
+        free = free - carried.anchored
+    grads.rows[:, rows] += over_maps((d_share * free).sum(-1) * shares.kept.squeeze(-1), count)
     if grads.leak is not None:
-        grads.leak[:, :-1] += over_maps((d_share * carried.moved[..., out:]).sum(-1), count)
+        grads.leak[:, rows] += over_maps((d_share * carried.moved[..., out:]).sum(-1), count)
 
 
 def solve(x: Tensor, gram: Tensor, g: Tensor, rate: Tensor, carried: Carried, shares: Shares) -> Solved:
@@ -243,26 +256,23 @@ def solve_back(
     de = _plus(shares.retain_end * d_left, d_erased)
     w = de.baddbmm_(s.matrix.mT, s.gain * de, alpha=-1)
     d_right = s.gain * w
-    dg, products = w, _outer(d_right, s.erased, s.gram)
+    dg, heads = w, (-1, count)
+    products = (_outer(d_right, s.erased, s.gram).unflatten(0, heads) * shares.retain).flatten(0, 1)
+    _subtract_products(grads.ratios[:, :-1], products, s.gram)
+    grads.ratios[:, -1] += over_maps((d_left * s.erased).sum(-1) * shares.retain_end.squeeze(-1), count)
     if s.moment is not None and grads.moment is not None:
         dg = torch.addcmul(shares.moment_end * d_left, shares.power_end, d_sides[..., out:])
         dg = _plus(dg, d_updates).baddbmm_(s.moment.mT, d_right, alpha=-1)
         grads.moment[:, -1] -= over_maps((d_left * s.updates).sum(-1), count)
         others = _outer(d_right, s.updates, s.gram)
         _subtract_products(grads.moment[:, :-1], others, s.gram)
-        products = (products.unflatten(0, (-1, count)) * shares.retain).addcmul_(
-            others.unflatten(0, (-1, count)), shares.moment
-        )
-    else:
-        products = products.unflatten(0, (-1, count)) * shares.retain
-    grads.columns.add_(over_maps((s.erased * w).sum(-1), count))
-    log_rows(d_right, s.reads, s.carried, grads)
+        products.unflatten(0, heads).addcmul_(others.unflatten(0, heads), shares.moment)
+    log_rows(d_right, s.carried, shares, grads)
     if d_last is not None:
         dg = dg.clone()
         dg[:, -1:] -= s.x[:, -1:] @ d_last.mT
     d_gain = (w * s.reads).sum(-1) + (dg * s.g).sum(-1)
     dx = _through_sides(s.sides, d_end, len(s.gram))
-    products = products.flatten(0, 1)
     dx.baddbmm_(products + products.mT, s.x[: len(products)], alpha=-1)
     if d_last is not None:
         dx[:, -1:] -= (s.updates[:, -1:] @ d_last).unflatten(0, (-1, len(dx))).sum(0)
@@ -307,12 +317,13 @@ def _through_sides(sides: Tensor, d_end: Tensor, count: int) -> Tensor:
 
 
 def end_back(
-    d_end: Tensor, after: Tensor, state: Tensor, anchor: Tensor | None, shares: Shares, grads: LogGrads, out: int
+    d_end: Tensor, state: Tensor, anchor: Tensor | None, shares: Shares, grads: LogGrads, out: int
 ) -> tuple[Tensor, Tensor | None]:
-    """d[S₀; m₀] and dA through `end` itself; ``after`` is [S_C; m_C]."""
+    """d[S₀; m₀] and dA through `end` itself."""
     count, first = len(grads.rows), d_end[:, :out]
-    free = after[:, :out] if anchor is None else after[:, :out] - anchor
-    grads.rows[:, -1] += over_maps((first * free).sum((-1, -2))[:, None], count).squeeze(-1)
+    free = state[:, :out] if anchor is None else state[:, :out] - anchor
+    kept = shares.kept_end.flatten()
+    grads.rows[:, -1] += over_maps((kept * (first * free).sum((-1, -2)))[:, None], count).squeeze(-1)
     d_anchor = None if anchor is None else (1 - shares.kept_end) * first
     if shares.leak_end is None or grads.leak is None:
         return shares.kept_end * first, d_anchor

@@ -124,10 +124,10 @@ def _group_back(
         states.append((torch.empty_like(pair[0]), torch.empty_like(pair[1])))
         done.append(run_chunk(_cut(inputs, piece), *states[-2], frame, *states[-1])[1])
     batch, heads = dy.shape[:2]
+    states.pop()  # the end of the last chunk
     for piece in reversed(pieces):
-        after, chunk = states.pop(), done.pop()
         local = dy[:, :, piece].flatten(0, 1)
-        found, grads = chunk_back(local, grads, chunk, states[-1], after, frame, totals)
+        found, grads = chunk_back(local, grads, done.pop(), states.pop(), frame, totals)
         for total, part in zip(d_inputs, found, strict=True):
             total[:, :, piece] = part.unflatten(0, (batch, heads))
     return grads

@@ -1,6 +1,6 @@
-"""What queries read of one layer within a chunk, each before its own token's write, with its backward pass by hand.
+"""What queries read of one layer within a chunk, before or after their own token's write, its backward by hand.
 
-out = share(q) − ((Q Xᵀ) ∘ W') Ĝ − ((Q Xᵀ) ∘ R') E            letters and share as in `inner_layer.py`
+out = share(q) − ((Q Xᵀ) ∘ W') Ĝ − ((Q Xᵀ) ∘ R') E    letters and share as in `inner_layer.py`; after it R, W for R', W'
 
 dĜ = −((Q Xᵀ) ∘ W')ᵀ dout      dE = −((Q Xᵀ) ∘ R')ᵀ dout      d(Q Xᵀ) = −(dout Ĝᵀ) ∘ W' − (dout Eᵀ) ∘ R'
 """
@@ -46,18 +46,28 @@ def read(query: Tensor, solved: Solved, state: Tensor, anchor: Tensor | None, sh
 
 
 def read_back(
-    grad: Tensor, done: Read, solved: Solved, state: Tensor, anchor: Tensor | None, shares: Shares, grads: LogGrads
+    grad: Tensor,
+    done: Read,
+    solved: Solved,
+    state: Tensor,
+    anchor: Tensor | None,
+    shares: Shares,
+    grads: LogGrads,
+    *,
+    after: bool,
 ) -> ReadGrads:
     """All gradients but those of the log decays, which ``grads`` collects."""
     retain, moment = shares.retain[0], shares.moment[0]
-    log_rows(grad, done.out, done.carried, grads)
+    rows = slice(1, None) if after else slice(0, -1)
+    log_rows(grad, done.carried, shares, grads, int(after))
     d_erased = torch.bmm((done.products * retain).mT, grad).neg_()
     d_products = torch.bmm(grad, solved.erased.mT).neg_().mul_(retain)
+    grads.ratios[:, rows].addcmul_(d_products, done.products)
     d_updates = None
     if solved.moment is not None and grads.moment is not None:
         d_updates = torch.bmm((done.products * moment).mT, grad).neg_()
         others = torch.bmm(grad, solved.updates.mT)
-        grads.moment[:, :-1].addcmul_(others, done.products, value=-1)
+        grads.moment[:, rows].addcmul_(others, done.products, value=-1)
         d_products.addcmul_(others, moment, value=-1)
     dq, d_state, d_anchor = carry_back(grad, done.query, state, anchor, shares)
     dq.baddbmm_(d_products, solved.x)

@@ -40,6 +40,7 @@ class Task(NamedTuple):
 
     dtype   of the inner loop: float32 or float64;  operands  what the GPU's products may read: that or bfloat16
     only_steps  why only the reference can run it, None where it is not alone
+    read        "before" or "after" a token's own write
     """
 
     device: torch.device
@@ -49,6 +50,7 @@ class Task(NamedTuple):
     hidden_width: int
     chunk: int
     only_steps: str | None = None
+    read: str = "before"
 
 
 class Choice(NamedTuple):
@@ -115,6 +117,8 @@ def _triton_limit(task: Task) -> str | None:
         return missing
     if task.dtype != torch.float32:
         return f"the Triton kernels have no {str(task.dtype).removeprefix('torch.')} (float32 states only)"
+    if task.read == "after":
+        return "read is 'after', the Triton kernels read before the write only"
     for name, most in TRITON_LIMITS.items():
         if getattr(task, name) > most:
             return f"the Triton kernels take {name} up to {most}, not {getattr(task, name)}"

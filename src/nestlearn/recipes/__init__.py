@@ -7,7 +7,7 @@ from importlib import import_module
 from nestlearn.errors import UserError, suggest
 from nestlearn.train.config import TrainConfig
 
-NAMES = ("tiny-cpu", "hope-340m", "hope-760m", "hope-1.3b")
+NAMES = ("tiny-cpu", "ttt-e2e", "hope-340m", "hope-760m", "hope-1.3b")
 
 
 def load_recipe(name: str) -> TrainConfig:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from nestlearn.data.batches import Batches
+from nestlearn.data.batches import Batches, Streams
 from nestlearn.data.text import Corpus, first_bytes, read_texts, separate_texts, standard_library
 from nestlearn.data.tokens import Tokenizer, load_tokenizer, tokenize
 from nestlearn.errors import UserError, suggest
@@ -28,7 +28,7 @@ class Data:
 
     corpus: Corpus
     tokenizer: Tokenizer
-    batches: Batches
+    batches: Batches | Streams
     held_out: np.ndarray
 
     @property
@@ -41,7 +41,11 @@ def load_data(config: TrainConfig, tokenizer: Tokenizer) -> Data:
     """Reads and tokenizes the text. UserError where it is empty, unreadable or shorter than one sequence."""
     corpus = read_corpus(config.text, config.held_out, config.held_out_per_document)
     tokens = tokenize(corpus.train, tokenizer)
-    batches = Batches(tokens, config.batch_size, config.sequence_length, config.seed)
+    if config.carry_state:
+        batches = Streams(tokens, config.batch_size, config.sequence_length)
+    else:
+        separator = tokenizer.separator_id if config.pack_documents else None
+        batches = Batches(tokens, config.batch_size, config.sequence_length, config.seed, separator)
     return Data(corpus, tokenizer, batches, tokenize(corpus.held_out, tokenizer))
 
 
@@ -81,11 +85,14 @@ def hope_config(config: TrainConfig, vocab_size: int) -> Any:
             raise UserError(f"unknown key 'model.{key}'{suggest(key, known)}: HopeConfig has no such argument")
         if type(known[key].default) is int and type(value) is not int:
             raise UserError(f"model.{key} is {value!r}: must be a whole number, for example {known[key].default}")
+    if config.meta and "in_context" in config.model:
+        raise UserError("model.in_context is given together with meta: leave it out, it is made of meta.levels")
     given = config.model.get("vocab_size", vocab_size)
     if given < vocab_size:
         raise UserError(f"model.vocab_size is {given}: the tokenizer has {vocab_size} tokens, give at least that many")
     try:
-        return HopeConfig(**{"vocab_size": vocab_size, **config.model})
+        in_context = {"in_context": config.meta["levels"]} if config.meta else {}
+        return HopeConfig(**{"vocab_size": vocab_size, **config.model, **in_context})
     except UserError:
         raise
     except (TypeError, ValueError, StrictDataclassError) as error:  # a value of another type than the key's

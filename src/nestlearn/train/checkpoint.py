@@ -1,7 +1,8 @@
 """Checkpoints that survive: whole or not at all, checked by sha256, the last two kept.
 
 RUN/checkpoint-<tokens>/ holds what ``save_pretrained`` and the tokenizer write, so that Hugging Face code can load it;
-optimizer.pt (``Leveled.state_dict()``, open chunks included); training.json (config and progress); MANIFEST.json.
+optimizer.pt (``Leveled.state_dict()``, open chunks included); training.json (config and progress); MANIFEST.json; and
+stream.safetensors, the state of the batch's rows, where the run carries it from batch to batch.
 It is written as checkpoint-<tokens>.partial, flushed to the disk file by file, and renamed: what has the name is whole.
 """
 
@@ -25,10 +26,11 @@ import torch
 from nestlearn.data.batches import BatchState
 from nestlearn.data.tokens import Tokenizer, load_tokenizer
 from nestlearn.errors import UserError
+from nestlearn.memory.state import State
 from nestlearn.models.quiet import no_progress_bars
 from nestlearn.train.config import TrainConfig
 
-MANIFEST, TRAINING, OPTIMIZER = "MANIFEST.json", "training.json", "optimizer.pt"
+MANIFEST, TRAINING, OPTIMIZER, STREAM = "MANIFEST.json", "training.json", "optimizer.pt", "stream.safetensors"
 KEPT = 2
 _NAME = re.compile(r"checkpoint-\d+")
 
@@ -43,6 +45,13 @@ class Progress:
     sums: tuple[float, float] = (0.0, 0.0)  # of loss (nats per token) and gradient norm since the last line logged
     steps: int = 0  # in these sums
     history: list[dict[str, float]] = field(default_factory=list)  # the lines of metrics.jsonl
+    stream: State | None = None  # of the rows of the batch, where it is carried to the next one
+
+    def to_dict(self) -> dict[str, Any]:
+        """All but the stream, as JSON can hold it."""
+        raw = dataclasses.asdict(dataclasses.replace(self, stream=None))
+        del raw["stream"]
+        return raw
 
 
 @dataclass(frozen=True)
@@ -86,10 +95,12 @@ def save_checkpoint(
             torch.save(optimizer.state_dict(), file)
         training = {
             "config": config.to_dict(),
-            "progress": dataclasses.asdict(progress),
+            "progress": progress.to_dict(),
             "corpus_sha256": corpus,
             "tokenizer_fingerprint": tokenizer.fingerprint(),
         }
+        if progress.stream is not None:
+            progress.stream.save(folder / STREAM)
         _write_json(folder / TRAINING, training)
         _write_json(folder / MANIFEST, {"files": {path.name: _sha256(path) for path in sorted(folder.iterdir())}})
     for old in checkpoints(run)[:-KEPT]:
@@ -105,8 +116,16 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     raw = json.loads((folder / TRAINING).read_text())
     progress = raw["progress"]
     progress |= {"batches": BatchState(**progress["batches"]), "sums": tuple(progress["sums"])}
+    progress["stream"] = _load_stream(folder / STREAM) if (folder / STREAM).is_file() else None
     config = TrainConfig.from_dict(raw["config"])
     return Checkpoint(folder, config, Progress(**progress), raw["corpus_sha256"], raw["tokenizer_fingerprint"])
+
+
+def _load_stream(path: Path) -> State:
+    """In memory of torch's own: mapped from a file, products may round otherwise."""
+    import nestlearn.models.hf  # noqa: F401 - knows the kinds of state  # pyright: ignore[reportUnusedImport]
+
+    return State.load(path).clone()
 
 
 def find_checkpoint(path: Path) -> Path:

@@ -15,6 +15,7 @@ from typing import Any
 from nestlearn.errors import UserError, suggest
 
 OPTIMIZERS = ("adamw", "muon", "m3", "delta_momentum", "dmgd")  # what they are: train/optimizers.py
+META, ORDERS = ("levels", "order", "warmup"), ("first", "exact")  # of levels in context: continual/meta.py
 _MULTIPLES = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "B": 10**9}
 
 
@@ -33,6 +34,9 @@ class TrainConfig:
     held_out   files and folders to evaluate on, ``text`` being trained on in full; empty: a split of ``text``
     tokenizer  "bytes", a `tokenizers` JSON file or a Hugging Face folder
     optimizer  of the matrices, one of OPTIMIZERS; what is not a matrix is AdamW's
+    meta       empty: ordinary training. Else the model is trained to learn in context (docs/continual.md): "levels",
+               as HopeConfig's in_context; "order", "first" or "exact"; "warmup", the share of all tokens in which the
+               inner rates rise from 0 to what they are learned from
     optimizer_settings  its keyword arguments that differ from its defaults, e.g. {"slow_period": 32} for "m3"
 
     Raises UserError for a value of the wrong type or out of its range.
@@ -45,7 +49,10 @@ class TrainConfig:
     tokenizer: str = "bytes"
     optimizer: str = "adamw"
     optimizer_settings: dict[str, Any] = field(default_factory=dict)
+    meta: dict[str, Any] = field(default_factory=dict)
 
+    carry_state: bool = False  # each row of a batch goes on in the text, its state too, where the last batch ended
+    pack_documents: bool = False  # the documents in a sequence are read apart, each from a new state
     tokens: int = _number(1_000_000, "tokens in all, rounded up to whole steps", 1)
     batch_size: int = _number(8, "sequences per step", 1)
     sequence_length: int = _number(512, "tokens per sequence", 2)
@@ -75,11 +82,17 @@ class TrainConfig:
         _require(isinstance(self.name, str) and self.name != "", "name", self.name, "a word")
         _require(isinstance(self.model, Mapping), "model", self.model, "a dictionary of HopeConfig's arguments")
         _require(isinstance(self.tokenizer, str), "tokenizer", self.tokenizer, "bytes or a path")
-        _require(isinstance(self.compare_rate_zero, bool), "compare_rate_zero", self.compare_rate_zero, "true or false")
+        for switch in ("compare_rate_zero", "carry_state", "pack_documents"):
+            _require(isinstance(getattr(self, switch), bool), switch, getattr(self, switch), "true or false")
+        both = self.carry_state and self.pack_documents
+        _require(not both, "pack_documents", self.pack_documents, "false where carry_state is true")
         near = suggest(str(self.optimizer), OPTIMIZERS)
         _require(self.optimizer in OPTIMIZERS, "optimizer", self.optimizer, f"one of {', '.join(OPTIMIZERS)}{near}")
         settings = self.optimizer_settings
         _require(isinstance(settings, Mapping), "optimizer_settings", settings, "a dictionary of its arguments")
+        _check_meta(self.meta)
+        if self.meta and self.carry_state:
+            raise UserError("carry_state is true, but the sequences of meta begin new streams: set one of them")
         for name in ("text", "held_out"):
             paths = getattr(self, name) if isinstance(getattr(self, name), list | tuple) else (getattr(self, name),)
             _require(all(isinstance(path, str) for path in paths), name, getattr(self, name), "a list of paths")
@@ -138,6 +151,18 @@ def parse_value(text: str) -> Any:
         except (ValueError, SyntaxError):
             continue
     return text
+
+
+def _check_meta(meta: Any) -> None:
+    _require(isinstance(meta, Mapping), "meta", meta, "a dictionary of levels, order and warmup")
+    for key in meta:
+        if key not in META:
+            raise UserError(f"unknown key 'meta.{key}'{suggest(str(key), META)}: known are {', '.join(META)}")
+    _require(not meta or bool(meta.get("levels")), "meta.levels", meta.get("levels"), "{'fast': {'period': 64}}, say")
+    order, warmup = meta.get("order", ORDERS[0]), meta.get("warmup", 0.1)
+    _require(order in ORDERS, "meta.order", order, f"one of {', '.join(ORDERS)}{suggest(str(order), ORDERS)}")
+    number = isinstance(warmup, int | float) and 0 <= warmup <= 1
+    _require(number, "meta.warmup", warmup, "a share of all tokens, from 0 to 1")
 
 
 def _checked(f: dataclasses.Field[Any], value: Any) -> int | float:

@@ -21,7 +21,7 @@ from nestlearn.train.build import Data, build_model, build_optimizer, load_model
 from nestlearn.train.checkpoint import Checkpoint, Progress, checkpoints, save_checkpoint
 from nestlearn.train.config import TrainConfig
 from nestlearn.train.display import Display
-from nestlearn.train.step import learning_rate, train_step
+from nestlearn.train.step import Gradient, learning_rate, next_token_gradient, train_step
 
 METRICS = "metrics.jsonl"
 
@@ -31,15 +31,24 @@ class Interrupted(UserError):
 
 
 def train(
-    config: TrainConfig, data: Data, run: Path, start: Checkpoint | None, display: Display
+    config: TrainConfig,
+    data: Data,
+    run: Path,
+    start: Checkpoint | None,
+    display: Display,
+    gradient: Gradient | None = None,
 ) -> tuple[Any, Progress]:
     """Trains to ``config.tokens``, from ``start`` or from the beginning; returns the model and where it stands.
 
     RUN/metrics.jsonl gets a line every ``log_every`` tokens, and RUN a checkpoint every ``checkpoint_every``.
     Raises NotFinite where a loss or gradient is not finite (such a model is never saved), and Interrupted on Ctrl-C or
-    SIGTERM, after the step under way is done and saved.
+    SIGTERM, after the step under way is done and saved. gradient: of a step; None: the ordinary one.
     """
+    if bool(config.meta) != (gradient is not None):
+        raise UserError(f"meta is {config.meta!r}: give gradient=meta_gradient(config) with it, or neither")
     model = build_model(config, data.tokenizer.vocab_size) if start is None else load_model(start.folder)
+    if config.carry_state:
+        model.check_carried()
     optimizer = build_optimizer(config, model)
     progress = Progress(data.batches.initial()) if start is None else start.progress
     if start is not None:
@@ -53,9 +62,13 @@ def train(
     bar = display.training(config.name, progress.tokens, config.tokens)
     with _stop_signals() as signalled, open(run / METRICS, "a", encoding="utf-8") as metrics, bar:
         while progress.tokens < config.tokens and not stop:
+            stream = None if data.batches.begins(progress.batches) else progress.stream
             batch, progress.batches = data.batches.next(progress.batches)
-            result = train_step(model, optimizer, batch, progress.tokens, config)
-            sums += torch.stack(result)  # on the device: nothing here waits for the step
+            result = train_step(
+                model, optimizer, batch, progress.tokens, config, stream, gradient or next_token_gradient
+            )
+            progress.stream = result.stream
+            sums += torch.stack(result[:2])  # on the device: nothing here waits for the step
             before, progress.tokens = progress.tokens, progress.tokens + batch.inputs.numel()
             progress.steps += 1
             display.advance(progress.tokens)

@@ -35,6 +35,7 @@ from nestlearn.train.display import Display
 from nestlearn.train.environment import commit, hardware, versions
 from nestlearn.train.loop import Interrupted, train
 from nestlearn.train.sample import continue_text
+from nestlearn.train.step import Gradient
 from nestlearn.train.tables import level_table
 
 PASSAGE = 512  # tokens of held-out text in the report
@@ -42,10 +43,15 @@ PROMPT = 128  # of these, tokens before the generated sample
 TEMPERATURE, TOP_K = 0.8, 50
 
 
-def run_training(config: TrainConfig, run: Path, start: Checkpoint | None, display: Display) -> Path:
-    """Trains, evaluates and reports in ``run``; returns the report. UserError as in ``train``, with how to go on."""
+def run_training(
+    config: TrainConfig, run: Path, start: Checkpoint | None, display: Display, gradient: Gradient | None = None
+) -> Path:
+    """Trains, evaluates and reports in ``run``; returns the report. UserError as in ``train``, with how to go on.
+
+    gradient  of a step, as in ``train``
+    """
     try:
-        return _stages(config, run, start, display)
+        return _stages(config, run, start, display, gradient)
     except (Interrupted, KeyboardInterrupt) as interruption:
         saved = checkpoints(run)
         what = str(interruption) or (
@@ -55,7 +61,9 @@ def run_training(config: TrainConfig, run: Path, start: Checkpoint | None, displ
         raise UserError(f"{what}: {how}") from None
 
 
-def _stages(config: TrainConfig, run: Path, start: Checkpoint | None, display: Display) -> Path:
+def _stages(
+    config: TrainConfig, run: Path, start: Checkpoint | None, display: Display, gradient: Gradient | None
+) -> Path:
     tokenizer = load_tokenizer(config.tokenizer) if start is None else start.tokenizer()
     hope_config(config, tokenizer.vocab_size)  # what cannot be built is refused before any text is read
     data = load_data(config, tokenizer)
@@ -68,7 +76,7 @@ def _stages(config: TrainConfig, run: Path, start: Checkpoint | None, display: D
     record = _record(config, data)
     run.mkdir(parents=True, exist_ok=True)
     write_record(run, record)  # so that a run that is stopped can be reported on
-    model, progress = train(config, data, run, start, display)
+    model, progress = train(config, data, run, start, display, gradient)
     record = dataclasses.replace(record, tokens=progress.tokens, seconds=progress.seconds)
     write_record(run, record)
 
@@ -78,9 +86,10 @@ def _stages(config: TrainConfig, run: Path, start: Checkpoint | None, display: D
     display.say(
         f"held out: {held_out.bits_per_byte:.3f} bits per byte of {held_out.bytes:,} bytes "
         f"(xz -9: {packed.xz:.3f}, bz2 -9: {packed.bz2:.3f})"
+        + (f"; every {config.sequence_length:,} tokens from a new state" if config.carry_state else "")
     )
     if config.compare_rate_zero:
-        twin = _train_twin(config, data, run / RATE_ZERO_FOLDER, display)
+        twin = _train_twin(config, data, run / RATE_ZERO_FOLDER, display, gradient)
         results = dataclasses.replace(results, rate_zero=evaluate(twin, data.held_out, data.tokenizer, config))
         assert results.rate_zero is not None
         gain = 1 - held_out.bits_per_byte / results.rate_zero.bits_per_byte
@@ -114,9 +123,9 @@ def rate_zero(config: TrainConfig) -> TrainConfig:
     return dataclasses.replace(config, name=f"{config.name}, rate 0", model=model, compare_rate_zero=False)
 
 
-def _train_twin(config: TrainConfig, data: Data, folder: Path, display: Display) -> Any:
+def _train_twin(config: TrainConfig, data: Data, folder: Path, display: Display, gradient: Gradient | None) -> Any:
     start = load_checkpoint(find_checkpoint(folder)) if checkpoints(folder) else None
-    return train(rate_zero(config), data, folder, start, display)[0]
+    return train(rate_zero(config), data, folder, start, display, gradient)[0]
 
 
 def check_resumable(start: Checkpoint, data: Data) -> None:
