@@ -212,6 +212,43 @@ def test_half_precision_weights_have_deltas_in_float32():
     assert all(d.dtype == torch.float32 and d.norm() > 0 for d in deltas(learner))
 
 
+class EightBits(torch.nn.Module):
+    """A linear module whose weight is stored in 8 bits, as weight-only quantisation does."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.out_features, self.in_features = linear.weight.shape
+        scale = linear.weight.detach().abs().amax(dim=1, keepdim=True) / 127
+        self.scale: torch.Tensor
+        self.weight: torch.Tensor
+        self.register_buffer("scale", scale)
+        self.register_buffer("weight", (linear.weight.detach() / scale).round().to(torch.int8))
+
+    def forward(self, x):
+        return x @ (self.weight * self.scale).mT
+
+
+def test_weights_in_eight_bits_learn_as_what_they_stand_for():
+    model, plain, tokens = llama(), llama(), text(2, 16)
+    for path in (path for level in levels("llama") for path in level.weights):
+        parent, _, name = path.rpartition(".")
+        quantised = EightBits(model.get_submodule(path))
+        setattr(model.get_submodule(parent), name, quantised)
+        plain.get_submodule(path).weight.data = quantised.weight * quantised.scale  # pyright: ignore
+    one, other = OnlineLearner(model, levels("llama")), OnlineLearner(plain, levels("llama"))
+    assert torch.allclose(one.read(tokens)[:, 1:], other.read(tokens)[:, 1:], atol=1e-4)
+    for a, b in zip(deltas(one), deltas(other), strict=True):
+        assert a.dtype == torch.float32 and b.norm() > 0 and torch.allclose(a, b, atol=1e-5)
+    assert model.get_submodule(levels("llama")[0].weights[0]).weight.dtype == torch.int8
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_a_model_that_passes_no_gradient_down_is_refused():
+    model = torch.ao.quantization.quantize_dynamic(llama(), {torch.nn.Linear}, dtype=torch.qint8)
+    with pytest.raises(UserError, match="passes no gradient down"):
+        OnlineLearner(model, levels("llama"))
+
+
 def test_a_short_period_stays_low_rank():
     """Two changes of at most 4 tokens each: rank 8, fewer numbers than the matrix."""
     model = llama()

@@ -34,6 +34,14 @@ def test_bits_are_the_model_s_own_and_teach_it_nothing():
         one.bits("a", "")
 
 
+def test_a_window_cuts_a_text_after_the_same_prompt():
+    whole = reader()
+    cut = OnlineReader(whole.learner, lambda text: text.encode("ascii"), window=3)
+    assert cut.bits("the", " cat") == pytest.approx(whole.bits("the", " ca") + whole.bits("the", "t"), abs=1e-9)
+    with pytest.raises(UserError, match="window is 0"):
+        OnlineReader(whole.learner, lambda text: text.encode("ascii"), window=0)
+
+
 def test_reading_teaches_and_a_rate_of_zero_does_not():
     for lr, learns in ((0.5, True), (0.0, False)):
         one = reader(lr)

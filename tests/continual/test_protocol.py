@@ -132,3 +132,12 @@ def test_what_does_not_exist_is_refused(encoder):
     with pytest.raises(UserError, match="within 1 and the encoder's 3"):
         small.encoder(trained=4)
     assert not Classifier(encoder, "linear", 3).seen.any()
+
+
+def test_only_the_head_learns_at_the_head_s_rate(encoder):
+    """Head and encoder share kinds and periods: in one group, the encoder would learn ten times as fast."""
+    one = learner(encoder, methods((8,))["sequential"], lr=1e-3)
+    assert one.optimizer is not None
+    rates = {n: g["lr"] for g in one.optimizer.param_groups for n in g["param_names"]}
+    assert {r for n, r in rates.items() if n.startswith("classifier.")} == {1e-3 * SETTINGS.head_lr}
+    assert {r for n, r in rates.items() if n.startswith("encoder.")} == {1e-3}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
 
@@ -67,7 +68,7 @@ def test_the_harness_takes_the_task_and_counts_what_is_right():
     pytest.importorskip("lm_eval")
     from lm_eval.api.task import ConfigurableTask
 
-    task = ConfigurableTask(config=harness_config("mqar_4", BOOK, [0, 1024], 2, tokens))
+    task: Any = ConfigurableTask(config=harness_config("mqar_4", BOOK, [0, 1024], 2, tokens))
     documents = list(task.test_docs())
     assert [document["max_length"] for document in documents] == [0] * 8 + [1024] * 8
     document = documents[9]

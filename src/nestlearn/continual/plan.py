@@ -100,6 +100,7 @@ class Plan:
 
 def make_plan(model: nn.Module, levels: Iterable[OnlineLevel], connection: str, context: float | None) -> Plan:
     """Raises UserError for levels that the model cannot have."""
+    _check_differentiable(model)
     levels = check_levels(levels, connection)
     paths = dict.fromkeys(path for level in levels for path in level.weights)
     weights = {path: _measure(find_linear(model, path)) for path in paths}
@@ -124,6 +125,16 @@ def _measure(module: nn.Module) -> Weight:
     own = next(iter(module.parameters()), torch.zeros(0))
     dtype = own.dtype if own.is_floating_point() else torch.float32
     return Weight(out, into, float(linear_matrix(module).norm()), dtype, own.device)
+
+
+def _check_differentiable(model: nn.Module) -> None:
+    """Weights may be of any precision, but what is above a level must pass its gradient down."""
+    for name, module in model.named_modules():
+        if type(module).__module__.startswith("torch.ao.nn.quantized"):
+            raise UserError(
+                f"module {name!r} is a {type(module).__name__} of {type(module).__module__}, "
+                "which passes no gradient down: give a model in bfloat16, or one whose weights alone are quantised"
+            )
 
 
 def context_limit(model: nn.Module, context: float | None) -> float:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -122,9 +123,7 @@ class Learner:
     def _optimizer(self) -> Leveled | None:
         """Of all that ever changes by gradient; None where nothing does."""
         groups = [g for g in parameter_groups(self.model, lr=self.lr, weight_decay=0.0) if g["period"] != float("inf")]
-        for group in groups:
-            if any(name.startswith("classifier.") for name in group["param_names"]):
-                group["lr"] = self.lr * self.settings.head_lr
+        groups = [own for group in groups for own in _head_apart(group, self.settings.head_lr)]
         return Leveled(partial(torch.optim.AdamW, weight_decay=0.0), groups) if groups else None
 
     def _step(self, optimizer: Leveled, batch: Encoded) -> None:
@@ -181,6 +180,15 @@ class Learner:
                     squares[name] = squares[name] + share if name in squares else share
         self.model.zero_grad()
         return squares
+
+
+def _head_apart(group: dict[str, Any], times: float) -> Iterator[dict[str, Any]]:
+    """A parameter group as up to two: what is not of the head, and the head's, which learns ``times`` as fast."""
+    pairs = list(zip(group["param_names"], group["params"], strict=True))
+    for of_head, rate in ((False, group["lr"]), (True, group["lr"] * times)):
+        own = [(name, p) for name, p in pairs if name.startswith("classifier.") == of_head]
+        if own:
+            yield group | {"lr": rate, "param_names": [n for n, _ in own], "params": [p for _, p in own]}
 
 
 def _by_length(texts: Encoded, size: int) -> list[list[int]]:

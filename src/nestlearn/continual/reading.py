@@ -97,15 +97,19 @@ def translation_choices(language: Language, said: Sequence[Meaning], choices: in
 
 
 def languages_in_sequence(
-    reader: Reader, languages: Sequence[Language], taught: Sequence[Meaning], asked: Sequence[Meaning]
+    reader: Reader,
+    languages: Sequence[Language],
+    taught: Sequence[Meaning],
+    asked: Sequence[Meaning],
+    choices: int = 10,
 ) -> tuple[Array, Array]:
     """The accuracy matrix of `metrics.py` for languages learned one after the other, and the accuracies before any."""
-    choices = [translation_choices(language, asked) for language in languages]
-    before = np.array([share_right(reader, own) for own in choices])
+    questions = [translation_choices(language, asked, choices) for language in languages]
+    before = np.array([share_right(reader, own) for own in questions])
     rows = []
     for language in languages:
         reader.read(lesson(language, list(taught)))
-        rows.append([share_right(reader, own) for own in choices])
+        rows.append([share_right(reader, own) for own in questions])
     return np.array(rows), before
 
 

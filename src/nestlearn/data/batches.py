@@ -32,16 +32,25 @@ class BatchState:
 
 
 class Batch(NamedTuple):
-    """``targets`` are ``inputs`` one token later; both (B, T) int64."""
+    """``targets`` are ``inputs`` one token later; both (B, T) int64.
+
+    positions  (B, T) int64, each token's place in its document, where documents are to be read apart
+    """
 
     inputs: torch.Tensor
     targets: torch.Tensor
+    positions: torch.Tensor | None = None
 
 
 class Batches:
-    """Batches of equal shape; the one that ends an epoch takes its remaining rows from the next epoch."""
+    """Batches of equal shape; the one that ends an epoch takes its remaining rows from the next epoch.
 
-    def __init__(self, tokens: np.ndarray, batch_size: int, sequence_length: int, seed: int) -> None:
+    separator  the id that begins each document, for batches with ``positions``
+    """
+
+    def __init__(
+        self, tokens: np.ndarray, batch_size: int, sequence_length: int, seed: int, separator: int | None = None
+    ) -> None:
         _check_sizes(batch_size, sequence_length)
         if seed < 0:
             raise UserError(f"seed is {seed}, must be 0 or more")
@@ -52,6 +61,7 @@ class Batches:
                 f"give more text or a sequence length of at most {max(1, len(tokens) - 1):,}"
             )
         self.tokens, self.batch_size, self.sequence_length, self.seed = tokens, batch_size, sequence_length, seed
+        self.separator = separator
 
     def initial(self) -> BatchState:
         return BatchState(epoch=0, index=0)
@@ -67,7 +77,10 @@ class Batches:
         for _ in range(self.batch_size):
             rows.append(self._window(state))
             state = self._after(state)
-        return _batch(rows), state
+        batch = _batch(rows)
+        if self.separator is not None:
+            batch = batch._replace(positions=positions(batch.inputs, self.separator))
+        return batch, state
 
     def _window(self, state: BatchState) -> np.ndarray:
         start = int(_permutation(self.seed, state.epoch, self.windows)[state.index]) * self.sequence_length
@@ -107,6 +120,12 @@ class Streams:
         length = self.sequence_length
         starts = [(row * self.windows + state.index) * length for row in range(self.batch_size)]
         return _batch([self.tokens[start : start + length + 1] for start in starts]), _after(state, self.windows)
+
+
+def positions(inputs: torch.Tensor, separator: int) -> torch.Tensor:
+    """The place of each token of inputs (B, T) in its document, whose first token is ``separator`` or a row's first."""
+    steps = torch.arange(inputs.shape[1])
+    return steps - torch.where(inputs == separator, steps, 0).cummax(1).values
 
 
 def _check_sizes(batch_size: int, sequence_length: int) -> None:

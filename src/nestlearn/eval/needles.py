@@ -27,78 +27,15 @@ NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. The
 NEW_TOKENS = 128  # room for the answer; it counts towards the length
 DEPTHS = [round(100 * step / 39) for step in range(40)]  # percent
 
-ADJECTIVES = [
-    "able",
-    "bitter",
-    "calm",
-    "distant",
-    "eager",
-    "faint",
-    "gentle",
-    "hollow",
-    "idle",
-    "jolly",
-    "keen",
-    "lively",
-    "mellow",
-    "narrow",
-    "odd",
-    "plain",
-    "quick",
-    "rapid",
-    "silent",
-    "tender",
-    "upbeat",
-    "vivid",
-    "weary",
-    "young",
-    "zesty",
-    "bold",
-    "crisp",
-    "damp",
-    "elegant",
-    "fierce",
-    "grand",
-    "humble",
-    "icy",
-    "loyal",
-    "modest",
-    "noble",
-]
-NOUNS = [
-    "anchor",
-    "basket",
-    "candle",
-    "desert",
-    "engine",
-    "feather",
-    "garden",
-    "hammer",
-    "island",
-    "jacket",
-    "kettle",
-    "ladder",
-    "market",
-    "needle",
-    "orchard",
-    "pencil",
-    "quarry",
-    "ribbon",
-    "saddle",
-    "tunnel",
-    "umbrella",
-    "valley",
-    "window",
-    "yard",
-    "zipper",
-    "bridge",
-    "cotton",
-    "dragon",
-    "forest",
-    "glacier",
-    "harbor",
-    "lantern",
-]
+_ADJECTIVES = (
+    "able bitter calm distant eager faint gentle hollow idle jolly keen lively mellow narrow odd plain quick rapid "
+    "silent tender upbeat vivid weary young zesty bold crisp damp elegant fierce grand humble icy loyal modest noble"
+)
+_NOUNS = (
+    "anchor basket candle desert engine feather garden hammer island jacket kettle ladder market needle orchard pencil "
+    "quarry ribbon saddle tunnel umbrella valley window yard zipper bridge cotton dragon forest glacier harbor lantern"
+)
+ADJECTIVES, NOUNS = _ADJECTIVES.split(), _NOUNS.split()
 
 
 @dataclass(frozen=True)

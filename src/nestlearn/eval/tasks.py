@@ -20,7 +20,8 @@ BOOKS = "books_eltec_eng/eltec_eng_val.jsonl.xz"
 BABILONG = {f"babilong_{task}": task for task in babilong.TASKS}
 NAMES = (*local_data.SOURCES, *needles.NEEDLES, *mqar.MQAR, *BABILONG)
 BOOTSTRAP = 100  # draws for the standard error of a perplexity
-SAMPLES = 100  # prompts of each length, of needles and MQAR, where no limit is given (RULER: 500)
+SAMPLES = 100  # needle prompts of each length, where no limit is given (RULER: 500)
+RECALLS = 25  # MQAR prompts of each length, of up to 8 questions each
 HUB_TIMEOUT = 10.0  # seconds
 
 # The paper's row: heading, task, metric, scale. An accuracy is in percent.
@@ -137,7 +138,7 @@ def _jobs(model: HarnessModel, choice: Choice, folder: Path) -> Iterator[Job]:
             number, text = choice.limit or SAMPLES, "" if not needles.NEEDLES[name].essay else _haystack(choice)
             yield Job(name, folder, needles.harness_config(name, text, choice.lengths, number, _counter(model)))
         elif name in mqar.MQAR:
-            number, text = choice.limit or SAMPLES, _haystack(choice) if any(choice.lengths) else ""
+            number, text = choice.limit or RECALLS, _haystack(choice) if any(choice.lengths) else ""
             yield Job(name, folder, mqar.harness_config(name, text, choice.lengths, number, _counter(model)))
         else:
             yield from (_babilong(model, name, length, choice, folder, installed) for length in choice.lengths)

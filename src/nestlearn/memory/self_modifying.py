@@ -25,15 +25,15 @@ from torch import Tensor, nn
 from nestlearn.errors import UserError
 from nestlearn.memory.config import Part, SelfModifyingConfig
 from nestlearn.memory.deep import Fast, InitialWeights, Weights, deep_chunk, deep_forward, own_target, select
+from nestlearn.memory.one_token import Outer, one_token
 from nestlearn.memory.stream import FastState, run_stream
 from nestlearn.ops.dgd_chunk import chunk_decays
 from nestlearn.ops.inner_chunk import LoopSpec
+from nestlearn.ops.inner_gates import LOG_FLOOR
 from nestlearn.ops.inner_loop import LoopInputs, LoopState, LoopTrained
 from nestlearn.ops.pointwise import l2norm
-from nestlearn.ops.registry import Loop, Task, loop_for
+from nestlearn.ops.registry import Loop, Task, forced, loop_for
 from nestlearn.ops.scan import Tensors
-
-_LOG_FLOOR = -30.0  # log α is kept above this: e⁻³⁰ of a write is nothing, and sums of logs keep their precision
 
 
 class ReadOut(nn.Module):
@@ -197,22 +197,24 @@ class SelfModifyingMemory(nn.Module):
         value_input: Tensor | None,
         record: list[tuple[Tensor, ...]] | None,
     ) -> tuple[Tensor, FastState]:
-        c, dtype = self.config, inner_dtype(x.dtype)
-        value_input = x if value_input is None else value_input
+        c, dtype, value_input = self.config, inner_dtype(x.dtype), x if value_input is None else value_input
         self._check(x, query, value_input, state)
+        if state is not None and x.shape[1] == 1 and record is None and self._by_token():
+            y, state = one_token(
+                state, tuple(t[:, 0].to(dtype) for t in (x, value_input, query)), self._outer(dtype), c
+            )
+            return y[:, None].to(x.dtype), state
         initial = self.initial_weights(dtype)
         if c.constant and record is None:
             return self._read_constant(x, query, state or FastState.fresh(initial, x.shape[0], c.names))
-        scales = torch.stack([self.rate_scale[n] for n in c.written]).abs()
-        reads = (self.rate_read.weight, self.rate_read.bias, self.retain_read.weight, self.retain_read.bias)
-        mix = (torch.stack([self.mix[n].logits for n in c.written]).sigmoid(),) if self.mix else ()  # pyright: ignore
+        trained = self._trained(dtype)
         loop = loop_for(self._task(x), quiet=not c.recompute)
         periods = torch.tensor([c.chunk] * (len(c.names) - 1) + [c.memory_length], device=x.device)
         y, state = run_stream(
             partial(self._step, record=record),
             FastState.fresh(initial, x.shape[0], c.names) if state is None else state,
             tuple(t.transpose(1, 2).to(dtype) for t in (x, value_input, query)),
-            (*initial, *(t.to(dtype) for t in (scales, *reads, *mix))),
+            (*initial, *trained),
             periods,
             chunk=c.chunk,
             fresh=state is None,
@@ -222,6 +224,26 @@ class SelfModifyingMemory(nn.Module):
             static=len(c.names) - len(c.written),
         )
         return y.transpose(1, 2).to(x.dtype), state
+
+    def _trained(self, dtype: torch.dtype) -> Tensors:
+        """Rate scales (G, H), read-outs, and with the objective "mix" λ (G, H)."""
+        written = self.config.written
+        scales = torch.stack([self.rate_scale[n] for n in written]).abs()
+        reads = (self.rate_read.weight, self.rate_read.bias, self.retain_read.weight, self.retain_read.bias)
+        mix = (torch.stack([self.mix[n].logits for n in written]).sigmoid(),) if self.mix else ()  # pyright: ignore
+        return tuple(t.to(dtype) for t in (scales, *reads, *mix))
+
+    def _by_token(self) -> bool:
+        """Whether single tokens of a stream go through `one_token`: not where another path is asked for."""
+        return not (self.config.constant or self.config.detach_writes) and forced() != "reference"
+
+    def _outer(self, dtype: torch.dtype) -> Outer:
+        """What `one_token` needs; the initial weights only where retention pulls towards them."""
+        c, trained, anchor = self.config, self._trained(dtype), None
+        if c.retain_to == "initial" and c.retention:
+            anchor = Weights(*(w[-len(c.written) :] for w in self.initial_weights(dtype)))
+        scales, weight, bias, retain_weight, retain_bias, *mix = trained
+        return Outer(scales, weight, bias, retain_weight, retain_bias, mix[0] if mix else None, anchor)
 
     def _task(self, x: Tensor) -> Task:
         """What the registry of implementations needs to know."""
@@ -301,7 +323,7 @@ class SelfModifyingMemory(nn.Module):
         rate_weight, rate_bias, retain_weight, retain_bias = (t[..., None] for t in trained[3:7])
         rate = self.config.rate_max * torch.sigmoid((made["eta"] @ rate_weight).squeeze(-1) + rate_bias)
         logit = (made["alpha"] @ retain_weight).squeeze(-1) + retain_bias
-        log_retain = nn.functional.logsigmoid(logit).clamp_min(_LOG_FLOOR)
+        log_retain = nn.functional.logsigmoid(logit).clamp_min(LOG_FLOOR)
         return Gates(
             l2norm(made["k"], fused=self.config.recompute),
             made["v"],

@@ -44,7 +44,8 @@ def load_data(config: TrainConfig, tokenizer: Tokenizer) -> Data:
     if config.carry_state:
         batches = Streams(tokens, config.batch_size, config.sequence_length)
     else:
-        batches = Batches(tokens, config.batch_size, config.sequence_length, config.seed)
+        separator = tokenizer.separator_id if config.pack_documents else None
+        batches = Batches(tokens, config.batch_size, config.sequence_length, config.seed, separator)
     return Data(corpus, tokenizer, batches, tokenize(corpus.held_out, tokenizer))
 
 

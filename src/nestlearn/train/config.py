@@ -52,6 +52,7 @@ class TrainConfig:
     meta: dict[str, Any] = field(default_factory=dict)
 
     carry_state: bool = False  # each row of a batch goes on in the text, its state too, where the last batch ended
+    pack_documents: bool = False  # the documents in a sequence are read apart, each from a new state
     tokens: int = _number(1_000_000, "tokens in all, rounded up to whole steps", 1)
     batch_size: int = _number(8, "sequences per step", 1)
     sequence_length: int = _number(512, "tokens per sequence", 2)
@@ -81,8 +82,10 @@ class TrainConfig:
         _require(isinstance(self.name, str) and self.name != "", "name", self.name, "a word")
         _require(isinstance(self.model, Mapping), "model", self.model, "a dictionary of HopeConfig's arguments")
         _require(isinstance(self.tokenizer, str), "tokenizer", self.tokenizer, "bytes or a path")
-        for switch in ("compare_rate_zero", "carry_state"):
+        for switch in ("compare_rate_zero", "carry_state", "pack_documents"):
             _require(isinstance(getattr(self, switch), bool), switch, getattr(self, switch), "true or false")
+        both = self.carry_state and self.pack_documents
+        _require(not both, "pack_documents", self.pack_documents, "false where carry_state is true")
         near = suggest(str(self.optimizer), OPTIMIZERS)
         _require(self.optimizer in OPTIMIZERS, "optimizer", self.optimizer, f"one of {', '.join(OPTIMIZERS)}{near}")
         settings = self.optimizer_settings

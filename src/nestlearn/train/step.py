@@ -35,7 +35,8 @@ def next_token_gradient(
     """The ordinary one."""
     device = next(model.parameters()).device
     past = None if stream is None else model.continued(stream)
-    out = model(batch.inputs.to(device), past_key_values=past, use_cache=config.carry_state)
+    packed = {} if batch.positions is None else {"position_ids": batch.positions}
+    out = model(batch.inputs.to(device), past_key_values=past, use_cache=config.carry_state, **packed)
     loss = F.cross_entropy(out.logits.float().flatten(0, 1), batch.targets.to(device).flatten())
     loss.backward()
     return loss, out.past_key_values.state.map(_copied) if config.carry_state else None

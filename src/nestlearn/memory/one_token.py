@@ -1,0 +1,159 @@
+"""One token of a self-modifying memory: decoding, where a chunk's matrices would be all overhead.
+
+The recurrence itself (NL Eq. 57, 86–93), every map of every memory in one batched product. With the weights S, momenta
+m before the token, the weights at its chunk's start as origin of k, v, η, α, of the targets and of all errors:
+
+    y = q + w1 σ(w2 q)                        M_memory, before the write
+    m ← μ m − gain · e xᵀ                     x = a, e for w1; x = k, (w1ᵀ e) ∘ σ'(z) for w2: as in `deep.py`
+    S ← α S + (1 − α) A + m − gain · (S x) xᵀ     A is 0, or the initial weights with retain_to "initial"
+
+Nothing is looked up on the device and no shape depends on the position, so the path can be captured as a CUDA graph.
+Plain torch, differentiable any number of times; the state given is never changed. Not covered: ``detach_writes``.
+
+Letters: B batch, H heads, M memories, G written ones, F = B · G · H folded, d head width, h hidden width.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from nestlearn.memory.config import SelfModifyingConfig
+from nestlearn.memory.deep import Fast, Weights, select
+from nestlearn.memory.stream import FastState
+from nestlearn.ops.inner_gates import LOG_FLOOR
+from nestlearn.ops.pointwise import l2norm
+from nestlearn.ops.scan import Tensors
+
+_LEAST = math.exp(LOG_FLOOR)  # α is kept above this
+
+
+class Outer(NamedTuple):
+    """What the outer loop trained: scales, λ (G, H); read-outs (H, d) and (H,); anchor w1 (G, H, d, h), w2 or None."""
+
+    scales: Tensor
+    rate_weight: Tensor
+    rate_bias: Tensor
+    retain_weight: Tensor
+    retain_bias: Tensor
+    mix: Tensor | None
+    anchor: Weights | None
+
+
+class Made(NamedTuple):
+    """What the slow memories generate: k, v, q (B, H, d); η, α (B, H)."""
+
+    key: Tensor
+    value: Tensor
+    query: Tensor
+    rate: Tensor
+    retain: Tensor
+
+
+def one_token(state: FastState, inputs: Tensors, outer: Outer, config: SelfModifyingConfig) -> tuple[Tensor, FastState]:
+    """Read and write one token: inputs x, value input, query (B, H, d). Returns (y (B, H, d), state after)."""
+    c, first = config, len(config.names) - len(config.written)
+    due = _due(state.seen, c)
+    start = Weights(torch.where(due, state.w1, state.start1), torch.where(due, state.w2, state.start2))
+    made = _generate(start, inputs, outer, c)
+    y = _apply(made.query, state.w1[:, -1], state.w2[:, -1])
+    live = Fast(state.w1, state.w2, state.m1, state.m2)
+    behind = slice(first, None)
+    after = _written(*((select(start, behind), select(live, behind)) if first else (start, live)), made, outer, c)
+    if first:
+        after = Fast(*(torch.cat([old[:, :first], new], dim=1) for old, new in zip(live, after, strict=True)))
+    return y, FastState(after.w1, after.w2, after.m1, after.m2, start.w1, start.w2, state.seen + 1, state.names)
+
+
+def _due(seen: Tensor, c: SelfModifyingConfig) -> Tensor:
+    """Which memories begin a chunk with this token: (B, M or 1, 1, 1, 1)."""
+    slow = seen % c.chunk == 0
+    if c.memory_length == c.chunk:
+        return slow[:, None, None, None, None]
+    own = seen % c.memory_length == 0
+    return torch.stack([slow] * (len(c.names) - 1) + [own], dim=1)[..., None, None, None]
+
+
+def _apply(given: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
+    """M(given) = given + w1 σ(w2 given): given (…, d), w1 (…, d, h), w2 (…, h, d)."""
+    column = given.reshape(-1, given.shape[-1], 1)
+    hidden = F.silu(torch.bmm(_fold(w2), column))
+    return torch.baddbmm(column, _fold(w1), hidden).view(given.shape)
+
+
+def _fold(t: Tensor) -> Tensor:
+    return t.reshape(-1, *t.shape[-2:])
+
+
+def _generate(start: Weights, inputs: Tensors, outer: Outer, c: SelfModifyingConfig) -> Made:
+    x, value, query = inputs
+    given, names = {"v": value, "q": query}, c.names[:-1]
+    out = _apply(torch.stack([given.get(n, x) for n in names], dim=1), start.w1[:, :-1], start.w2[:, :-1])
+    made = dict(zip(names, out.unbind(1), strict=True))
+    rate = c.rate_max * torch.sigmoid((made["eta"] * outer.rate_weight).sum(-1) + outer.rate_bias)
+    if c.retention:
+        logit = (made["alpha"] * outer.retain_weight).sum(-1) + outer.retain_bias
+        retain = torch.sigmoid(logit).clamp_min(_LEAST)
+    else:
+        retain = torch.ones_like(rate)
+    query = l2norm(made["q"]) if "q" in made else query
+    return Made(l2norm(made["k"]), made["v"], query, rate, retain)
+
+
+def _written(origin: Weights, live: Fast, made: Made, outer: Outer, c: SelfModifyingConfig) -> Fast:
+    """The written memories after the token, their errors taken at ``origin``."""
+    shape = live.w1.shape[:3]
+    w1 = _fold(origin.w1)
+    asked = torch.stack([made.key, made.value], dim=-1)[:, None].expand(*shape, -1, 2).reshape(w1.shape[:2] + (2,))
+    z = torch.bmm(_fold(origin.w2), asked)
+    gate = torch.sigmoid(z)
+    hidden = z * gate
+    image, target = torch.baddbmm(asked, w1, hidden).unbind(-1)  # M(k), M(v) (F, d)
+    target = l2norm(target) if c.target_norm == "l2" else target
+    error = _error(image, target, outer.mix, shape, c)
+    key, a, gate = asked[..., 0], hidden[..., 0], gate[..., 0]
+    error2 = torch.bmm(error[:, None], w1)[:, 0] * torch.addcmul(gate, a, 1 - gate)
+    rate = (made.rate[:, None] * outer.scales).reshape(-1, 1)
+    retain = made.retain[:, None, :].expand(shape).reshape(-1, 1, 1)
+    anchor1, anchor2 = (None, None) if outer.anchor is None else outer.anchor
+    w1, m1 = _write(live.w1, live.m1, a, error, rate, retain, anchor1, c)
+    w2, m2 = _write(live.w2, live.m2, key, error2, rate, retain, anchor2, c)
+    return Fast(w1, w2, m1, m2)
+
+
+def _error(image: Tensor, target: Tensor, mix: Tensor | None, shape: torch.Size, c: SelfModifyingConfig) -> Tensor:
+    """e (F, d), the objective's gradient at M(k)."""
+    if c.objective == "dot":
+        return -target
+    if mix is None:
+        return image - target
+    return torch.addcmul(-target, mix.expand(shape).reshape(-1, 1), image)
+
+
+def _write(
+    state: Tensor,
+    momentum: Tensor,
+    x: Tensor,
+    error: Tensor,
+    rate: Tensor,
+    retain: Tensor,
+    anchor: Tensor | None,
+    c: SelfModifyingConfig,
+) -> tuple[Tensor, Tensor]:
+    """One DGD write into (B, G, H, out, in) with x (F, in), error (F, out), rate (F, 1), retain (F, 1, 1)."""
+    shape, old, row = state.shape, _fold(state), x[:, None]
+    gain = -rate / (1 + rate * x.square().sum(-1, keepdim=True))
+    update = (gain * error)[..., None]
+    moved = torch.mul(_fold(momentum), c.momentum).addcmul_(update, row) if c.momentum else update * row
+    if anchor is None:
+        end = torch.addcmul(moved, retain, old)
+    else:
+        towards = _fold(anchor.expand(shape))
+        end = torch.addcmul(moved + towards, retain, old - towards)
+    if c.dgd:
+        end = end.addcmul_(torch.bmm(old, x[..., None]) * gain[..., None], row)
+    return end.view(shape), moved.view(shape)
