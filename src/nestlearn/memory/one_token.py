@@ -3,7 +3,7 @@
 The recurrence itself (NL Eq. 57, 86–93), every map of every memory in one batched product. With the weights S, momenta
 m before the token, the weights at its chunk's start as origin of k, v, η, α, of the targets and of all errors:
 
-    y = q + w1 σ(w2 q)                        M_memory, before the write or after it
+    y = q + w1 σ(w2 q)                        M_memory, before the write, or after it with read "after"
     m ← μ m − gain · e xᵀ                     x = a, e for w1; x = k, (w1ᵀ e) ∘ σ'(z) for w2: as in `deep.py`
     S ← α S + (1 − α) A + m − gain · (S x) xᵀ     A is 0, or the initial weights with retain_to "initial"
 
