@@ -2,11 +2,14 @@
 
     python benchmarks/speed/train_step.py                      # the table: T = 512 and 2048, 1 and 2 threads, decoding
     python benchmarks/speed/train_step.py --lengths 512 --threads 2 --repeats 3 --no-decode
+    python benchmarks/speed/train_step.py --lengths 2048 8192 --prefill 2048 --peak-alone 32768
 
 Width 256, 4 layers, batch 4, float32, byte vocabulary; HOPE with all five memories adapting and momentum on, heads of
 width 64 and memories of 32 hidden units as in the preset tiny-cpu. A step is forward, backward and AdamW. Every figure
 is the median over the repeats, the models taking turns within each; peak memory is what a fresh process needs beyond
-the loaded model. Writes JSON with ``--out``.
+the loaded model. Decoding is one stream, a token at a time; from position 65,536 on a HOPE stream of 4,096 tokens is
+told that it stands there (its state has no other trace of the position), and Llama, which would need its whole cache,
+is left out. Prefill is the forward pass without gradients. Writes JSON with ``--out``.
 """
 
 from __future__ import annotations
@@ -20,17 +23,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from nestlearn import HopeConfig, HopeForCausalLM
+from nestlearn.models.hf import HopeCache
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks.quality.common import about
 
 WIDTH, LAYERS, BATCH, VOCAB = 256, 4, 4, 256
+SIMULATED = 1 << 16  # positions from here on are simulated
 
 
 def hope(**memory: object) -> torch.nn.Module:
@@ -80,10 +87,10 @@ def parameters(model: torch.nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def training_step(model: torch.nn.Module, length: int) -> Callable[[], float]:
+def training_step(model: torch.nn.Module, length: int, batch: int = BATCH) -> Callable[[], float]:
     """A closure that takes one step on random bytes and returns its seconds."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    ids = torch.randint(0, VOCAB, (BATCH, length))
+    ids = torch.randint(0, VOCAB, (batch, length))
 
     def step() -> float:
         begin = time.perf_counter()
@@ -124,17 +131,18 @@ def train_table(lengths: list[int], threads: list[int], repeats: int) -> list[di
     return rows
 
 
-def peak_megabytes(name: str, length: int, threads: int) -> float:
+def peak_megabytes(name: str, length: int, threads: int, batch: int = BATCH) -> float:
     """Peak memory of two steps in a fresh process, beyond what it held before them."""
     command = [sys.executable, __file__, "--peak", name, "--lengths", str(length), "--threads", str(threads)]
+    command += ["--batch", str(batch)]
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
 
 
-def measure_peak(name: str, length: int, threads: int) -> None:
+def measure_peak(name: str, length: int, threads: int, batch: int) -> None:
     """The child of `peak_megabytes`."""
     torch.set_num_threads(threads)
     model = MODELS[name]()
-    step = training_step(model, length)
+    step = training_step(model, length, batch)
     before = resident_megabytes()
     for _ in range(2):
         step()
@@ -150,25 +158,88 @@ def resident_megabytes() -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
+def peak_alone(length: int, threads: int) -> dict[str, float]:
+    """Peak memory of training HOPE on one row of ``length`` tokens."""
+    row = {"length": length, "batch": 1, "hope peak MB": round(peak_megabytes("hope", length, threads, batch=1))}
+    print(json.dumps(row), flush=True)
+    return row
+
+
+@torch.no_grad()
+def prefill_table(lengths: list[int], threads: list[int], repeats: int) -> list[dict[str, float]]:
+    """Tokens per second of reading a batch without gradients, the models alternating."""
+    rows = []
+    for count in threads:
+        torch.set_num_threads(count)
+        models = {name: make().eval() for name, make in MODELS.items()}
+        for length in lengths:
+            ids = torch.randint(0, VOCAB, (BATCH, length))
+            seconds: dict[str, list[float]] = {name: [] for name in models}
+            for _ in range(repeats + 1):
+                for name, model in models.items():
+                    begin = time.perf_counter()
+                    model(ids, use_cache=True, logits_to_keep=1)
+                    seconds[name].append(time.perf_counter() - begin)
+            speeds = {name: BATCH * length / statistics.median(s[1:]) for name, s in seconds.items()}
+            row: dict[str, float] = {"threads": count, "prefill": length}
+            row |= {f"{n} tokens/s": round(s) for n, s in speeds.items()}
+            row["speed ratio"] = round(speeds["hope"] / speeds["llama"], 3)
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+    return rows
+
+
+def caches_at(name: str, model: torch.nn.Module, positions: list[int]) -> dict[int, Any]:
+    """A cache at every position that the model is measured at."""
+    ids = torch.randint(0, VOCAB, (1, max(p for p in positions if p < SIMULATED)))
+    caches = {p: model(ids[:, :p], use_cache=True).past_key_values for p in positions if p < SIMULATED}
+    if name == "hope":
+        caches |= {p: moved(caches[max(caches)], p) for p in positions if p >= SIMULATED}
+    return caches
+
+
+def moved(cache: HopeCache, position: int) -> HopeCache:
+    """The same stream, told that it stands at ``position``."""
+
+    def move(layer: Any) -> Any:
+        seen = torch.full_like(layer.memory.seen, position)
+        return replace(layer, memory=replace(layer.memory, seen=seen))
+
+    return HopeCache(replace(cache.state, layers=tuple(move(layer) for layer in cache.state.layers)), position)
+
+
+def decode_seconds(model: torch.nn.Module, cache: Any, count: int) -> float:
+    """Seconds per token of ``count`` tokens from a cache on. A Llama's cache grows in place and is cut back."""
+    ids = torch.zeros(1, 1, dtype=torch.long)
+    begin, now = time.perf_counter(), cache
+    for _ in range(count):
+        now = model(ids, past_key_values=now, use_cache=True).past_key_values
+    seconds = (time.perf_counter() - begin) / count
+    if now is cache:
+        cache.crop(-count)
+    return seconds
+
+
 @torch.no_grad()
 def decode_table(positions: list[int], count: int, threads: int, repeats: int) -> list[dict[str, float]]:
-    """Decoding speed of one stream at several positions of the same stream, positions alternating."""
+    """Decoding speed at several positions, positions and models alternating."""
     torch.set_num_threads(threads)
+    models = {name: make().eval() for name, make in MODELS.items()}
+    caches = {name: caches_at(name, model, positions) for name, model in models.items()}
+    seconds: dict[tuple[str, int], list[float]] = {(n, p): [] for n in models for p in caches[n]}
+    for _ in range(repeats + 1):
+        for position in positions:
+            for name, model in models.items():
+                if position in caches[name]:
+                    seconds[name, position].append(decode_seconds(model, caches[name][position], count))
+    speeds = {key: 1 / statistics.median(s[1:]) for key, s in seconds.items()}
     rows = []
-    for name, make in MODELS.items():
-        model = make().eval()
-        ids = torch.randint(0, VOCAB, (1, max(positions)))
-        seconds: dict[int, list[float]] = {position: [] for position in positions}
-        for _ in range(repeats):
-            for position in positions:
-                cache = model(ids[:, :position], use_cache=True).past_key_values
-                begin = time.perf_counter()
-                for _ in range(count):
-                    cache = model(ids[:, :1], past_key_values=cache, use_cache=True).past_key_values
-                seconds[position].append((time.perf_counter() - begin) / count)
-        speeds = {p: 1 / statistics.median(s) for p, s in seconds.items()}
-        row = {"model": name, "threads": threads, **{f"tokens/s at {p}": round(s, 1) for p, s in speeds.items()}}
-        row["last / first"] = round(speeds[positions[-1]] / speeds[positions[0]], 3)
+    for position in positions:
+        row: dict[str, float] = {"threads": threads, "position": position}
+        row |= {f"{n} tokens/s": round(speeds[n, position], 1) for n in models if (n, position) in speeds}
+        if ("llama", position) in speeds:
+            row["speed ratio"] = round(speeds["hope", position] / speeds["llama", position], 3)
+        row["hope, of its first"] = round(speeds["hope", position] / speeds["hope", positions[0]], 3)
         rows.append(row)
         print(json.dumps(row), flush=True)
     return rows
@@ -176,21 +247,29 @@ def decode_table(positions: list[int], count: int, threads: int, repeats: int) -
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[512, 2048])
+    parser.add_argument("--lengths", type=int, nargs="*", default=[512, 2048], help="of training; none: no training")
+    parser.add_argument("--prefill", type=int, nargs="*", default=[], help="lengths of prefill")
+    parser.add_argument("--positions", type=int, nargs="+", default=[256, 4096, 1 << 20], help="of decoding")
+    parser.add_argument("--peak-alone", type=int, help="length of one row, for HOPE's peak memory of training on it")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--decode", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--peak", choices=list(MODELS), help=argparse.SUPPRESS)
+    parser.add_argument("--batch", type=int, default=BATCH, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.peak:
-        measure_peak(args.peak, args.lengths[0], args.threads[0])
+        measure_peak(args.peak, args.lengths[0], args.threads[0], args.batch)
         return
     sizes = {name: parameters(make()) for name, make in MODELS.items()}
     print(json.dumps({"parameters": sizes}))
     result = {"about": about(), "parameters": sizes, "train": train_table(args.lengths, args.threads, args.repeats)}
     if args.decode:
-        result["decode"] = decode_table([256, 4096], 64, max(args.threads), args.repeats)
+        result["decode"] = decode_table(args.positions, 64, max(args.threads), args.repeats)
+    if args.prefill:
+        result["prefill"] = prefill_table(args.prefill, args.threads, args.repeats)
+    if args.peak_alone:
+        result["peak alone"] = peak_alone(args.peak_alone, max(args.threads))
     if args.out:
         args.out.write_text(json.dumps(result, indent=1) + "\n")
 

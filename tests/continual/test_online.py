@@ -219,6 +219,8 @@ class EightBits(torch.nn.Module):
         super().__init__()
         self.out_features, self.in_features = linear.weight.shape
         scale = linear.weight.detach().abs().amax(dim=1, keepdim=True) / 127
+        self.scale: torch.Tensor
+        self.weight: torch.Tensor
         self.register_buffer("scale", scale)
         self.register_buffer("weight", (linear.weight.detach() / scale).round().to(torch.int8))
 

@@ -8,7 +8,8 @@ m before the token, the weights at its chunk's start as origin of k, v, η, α, 
     S ← α S + (1 − α) A + m − gain · (S x) xᵀ     A is 0, or the initial weights with retain_to "initial"
 
 Nothing is looked up on the device and no shape depends on the position, so the path can be captured as a CUDA graph.
-Plain torch, differentiable any number of times; the state given is never changed. Not covered: ``detach_writes``.
+Plain torch, differentiable any number of times; the state given is never changed. Not covered:
+``detach_writes``, and gradients with ``truncate``.
 
 Letters: B batch, H heads, M memories, G written ones, F = B · G · H folded, d head width, h hidden width.
 """
