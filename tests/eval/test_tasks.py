@@ -17,7 +17,7 @@ import torch
 from nestlearn import HopeConfig, HopeForCausalLM
 from nestlearn.data.tokens import ByteTokenizer
 from nestlearn.errors import UserError
-from nestlearn.eval import local_data
+from nestlearn.eval import local_data, reading
 from nestlearn.eval.harness import HarnessModel, OwnCodec
 from nestlearn.eval.tasks import Choice, check_names, paper_row, run_tasks, summary, write_results
 
@@ -126,6 +126,20 @@ def test_long_contexts_are_tasks_like_any_other(tmp_path):
     choice = Choice(("ruler_single_number",), None, limit=1, lengths=(1024, 1536), text=(book,))
     results = run_tasks(model(), choice, print)["results"]["ruler_single_number"]
     assert {"1024,none", "1536,none"} <= results.keys()
+
+
+def test_a_long_prompt_is_read_once_and_in_pieces(monkeypatch):
+    monkeypatch.setattr(reading, "TOKENS", 1024)
+    seen: list[int] = []
+    call = reading.Reader._call
+
+    def watched(self, ids, state, **kwargs):
+        seen.append(ids.shape[1])
+        return call(self, ids, state, **kwargs)
+
+    monkeypatch.setattr(reading.Reader, "_call", watched)
+    run_tasks(model(), Choice(("ruler_single_passkey",), limit=1, lengths=(8192,)), print)
+    assert max(seen) == 1024 and 7800 < sum(seen) <= 8192
 
 
 def test_recall_is_a_task_like_any_other(tmp_path):
