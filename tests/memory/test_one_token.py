@@ -18,6 +18,7 @@ SETTINGS = [
     {"chunk": 3, "memory_chunk": 3, "adaptive": (), "momentum": 0.0, "objective": "l2"},
     {"chunk": 4, "memory_chunk": 2, "adaptive": ("v", "alpha"), "retention": False, "target_norm": "none"},
     {"chunk": 4, "memory_chunk": 2, "dgd": False, "objective": "mix"},
+    {"chunk": 4, "memory_chunk": 2, "read": "after", "adaptive": ("v", "q")},
     {"chunk": 1, "memory_chunk": 1, "dtype": torch.float32},
     {"chunk": 4, "memory_chunk": 4, "dtype": torch.float32, "objective": "mix", "retain_to": "initial"},
 ]

@@ -14,8 +14,8 @@ from nestlearn.ops.registry import Task, choose, loop_for
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
-def task(device=CPU, dtype=torch.float32, head_width=64, hidden_width=64, chunk=64, only_steps=None):
-    return Task(device, dtype, dtype, head_width, hidden_width, chunk, only_steps)
+def task(device=CPU, dtype=torch.float32, head_width=64, hidden_width=64, chunk=64, only_steps=None, read="before"):
+    return Task(device, dtype, dtype, head_width, hidden_width, chunk, only_steps, read)
 
 
 @pytest.fixture(autouse=True)
@@ -46,6 +46,7 @@ def test_gpu_runs_triton_within_its_limits_once_that_is_the_first_choice(monkeyp
         ({"hidden_width": 512}, "hidden_width up to 256, not 512"),
         ({"chunk": 256}, "chunk up to 128, not 256"),
         ({"dtype": torch.float64}, "no float64"),
+        ({"read": "after"}, "read before the write only"),
     ],
 )
 def test_a_limit_is_named_once_with_what_runs_instead(given, words, monkeypatch):

@@ -3,12 +3,13 @@
 The recurrence itself (NL Eq. 57, 86–93), every map of every memory in one batched product. With the weights S, momenta
 m before the token, the weights at its chunk's start as origin of k, v, η, α, of the targets and of all errors:
 
-    y = q + w1 σ(w2 q)                        M_memory, before the write
+    y = q + w1 σ(w2 q)                        M_memory, before the write, or after it with read "after"
     m ← μ m − gain · e xᵀ                     x = a, e for w1; x = k, (w1ᵀ e) ∘ σ'(z) for w2: as in `deep.py`
     S ← α S + (1 − α) A + m − gain · (S x) xᵀ     A is 0, or the initial weights with retain_to "initial"
 
 Nothing is looked up on the device and no shape depends on the position, so the path can be captured as a CUDA graph.
-Plain torch, differentiable any number of times; the state given is never changed. Not covered: ``detach_writes``.
+Plain torch, differentiable any number of times; the state given is never changed. Not covered:
+``detach_writes``, and gradients with ``truncate``.
 
 Letters: B batch, H heads, M memories, G written ones, F = B · G · H folded, d head width, h hidden width.
 """
@@ -60,12 +61,13 @@ def one_token(state: FastState, inputs: Tensors, outer: Outer, config: SelfModif
     due = _due(state.seen, c)
     start = Weights(torch.where(due, state.w1, state.start1), torch.where(due, state.w2, state.start2))
     made = _generate(start, inputs, outer, c)
-    y = _apply(made.query, state.w1[:, -1], state.w2[:, -1])
     live = Fast(state.w1, state.w2, state.m1, state.m2)
     behind = slice(first, None)
     after = _written(*((select(start, behind), select(live, behind)) if first else (start, live)), made, outer, c)
     if first:
         after = Fast(*(torch.cat([old[:, :first], new], dim=1) for old, new in zip(live, after, strict=True)))
+    read = after if c.read == "after" else live
+    y = _apply(made.query, read.w1[:, -1], read.w2[:, -1])
     return y, FastState(after.w1, after.w2, after.m1, after.m2, start.w1, start.w2, state.seen + 1, state.names)
 
 

@@ -14,7 +14,6 @@ Letters: B batch, T tokens, H heads, d head width, h hidden width, M memories.
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -26,6 +25,7 @@ from nestlearn.errors import UserError
 from nestlearn.memory.config import Part, SelfModifyingConfig
 from nestlearn.memory.deep import Fast, InitialWeights, Weights, deep_chunk, deep_forward, own_target, select
 from nestlearn.memory.one_token import Outer, one_token
+from nestlearn.memory.read_out import Mix, ReadOut
 from nestlearn.memory.stream import FastState, run_stream
 from nestlearn.ops.dgd_chunk import chunk_decays
 from nestlearn.ops.inner_chunk import LoopSpec
@@ -34,51 +34,6 @@ from nestlearn.ops.inner_loop import LoopInputs, LoopState, LoopTrained
 from nestlearn.ops.pointwise import l2norm
 from nestlearn.ops.registry import Loop, Task, forced, loop_for
 from nestlearn.ops.scan import Tensors
-
-
-class ReadOut(nn.Module):
-    """A scalar per head: ⟨weight, z⟩ + bias, weight (H, d), bias (H,)."""
-
-    def __init__(self, heads: int, width: int, start: float | tuple[float, ...]) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(heads, width))
-        self.bias = nn.Parameter(torch.empty(heads))
-        self.start = start
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """sigmoid of the output starts near ``start``, the heads along the line through its values, in logits."""
-        nn.init.normal_(self.weight, std=0.1 * self.weight.shape[-1] ** -0.5)
-        _spread(self.bias, self.start)
-
-
-def _spread(logits: Tensor, start: float | tuple[float, ...]) -> None:
-    """Fill logits (H,) so that their sigmoids lie along the line through the values of ``start``, in logits."""
-    points = [math.log(s / (1 - s)) for s in (start if isinstance(start, tuple) else (start,))]
-    with torch.no_grad():
-        for head, logit in enumerate(_along(points, len(logits))):
-            logits[head] = logit
-
-
-def _along(values: list[float], count: int) -> list[float]:
-    """``count`` points, evenly from the first value to the last on the line through all of them; the first for one."""
-    at = [i * (len(values) - 1) / max(1, count - 1) for i in range(count)]
-    pairs = [(values[int(a)], values[min(int(a) + 1, len(values) - 1)]) for a in at]
-    return [low + (a - int(a)) * (high - low) for a, (low, high) in zip(at, pairs, strict=True)]
-
-
-class Mix(nn.Module):
-    """λ of the objective "mix", one per head: logits (H,)."""
-
-    def __init__(self, heads: int, start: float | tuple[float, ...]) -> None:
-        super().__init__()
-        self.logits = nn.Parameter(torch.empty(heads))
-        self.start = start
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """λ starts at ``start``, the heads along its values."""
-        _spread(self.logits, self.start)
 
 
 class Gates(NamedTuple):
@@ -235,7 +190,9 @@ class SelfModifyingMemory(nn.Module):
 
     def _by_token(self) -> bool:
         """Whether single tokens of a stream go through `one_token`: not where another path is asked for."""
-        return not (self.config.constant or self.config.detach_writes) and forced() != "reference"
+        c = self.config
+        cut = c.detach_writes or (c.truncate is not None and torch.is_grad_enabled())
+        return not (c.constant or cut) and forced() != "reference"
 
     def _outer(self, dtype: torch.dtype) -> Outer:
         """What `one_token` needs; the initial weights only where retention pulls towards them."""

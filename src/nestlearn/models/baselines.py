@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nestlearn.memory.linear import LinearConfig, LinearMemory, LinearState
-from nestlearn.memory.self_modifying import ReadOut, inner_dtype
+from nestlearn.memory.read_out import ReadOut
+from nestlearn.memory.self_modifying import inner_dtype
 from nestlearn.memory.state import State
 from nestlearn.memory.titans import TitansConfig, TitansMemory
 from nestlearn.models.attention import rotate

@@ -16,7 +16,8 @@ from transformers.utils.generic import can_return_tuple
 from nestlearn.errors import UserError
 from nestlearn.levels import Level
 from nestlearn.memory.deep import InitialWeights
-from nestlearn.memory.self_modifying import Mix, ReadOut, SelfModifyingMemory
+from nestlearn.memory.read_out import Mix, ReadOut
+from nestlearn.memory.self_modifying import SelfModifyingMemory
 from nestlearn.memory.state import State
 from nestlearn.memory.titans import InnerNorm
 from nestlearn.models.attention import CausalAttention

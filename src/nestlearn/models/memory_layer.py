@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nestlearn.memory.linear import LinearConfig, LinearMemory
-from nestlearn.memory.self_modifying import ReadOut, SelfModifyingConfig, SelfModifyingMemory, Signals
+from nestlearn.memory.read_out import ReadOut
+from nestlearn.memory.self_modifying import SelfModifyingConfig, SelfModifyingMemory, Signals
 from nestlearn.memory.state import State
 from nestlearn.memory.stream import FastState
 from nestlearn.models.mlp import RMSNorm
