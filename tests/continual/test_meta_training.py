@@ -111,6 +111,7 @@ def test_clear_errors(tmp_path):
         HopeConfig(levels=[{"name": "a", "period": 1, "hidden_size": 384, "layers": 0.5}])
 
 
-def test_streams_are_not_carried(tmp_path):
-    with pytest.raises(UserError, match="carry_state is true, but the sequences of meta"):
-        settings(tmp_path, carry_state=True)
+@pytest.mark.parametrize("switch", ["carry_state", "pack_documents"])
+def test_each_sequence_is_one_stream(tmp_path, switch):
+    with pytest.raises(UserError, match=f"{switch} is true, but each sequence of meta"):
+        settings(tmp_path, **{switch: True})

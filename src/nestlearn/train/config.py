@@ -91,8 +91,9 @@ class TrainConfig:
         settings = self.optimizer_settings
         _require(isinstance(settings, Mapping), "optimizer_settings", settings, "a dictionary of its arguments")
         _check_meta(self.meta)
-        if self.meta and self.carry_state:
-            raise UserError("carry_state is true, but the sequences of meta begin new streams: set one of them")
+        for switch in ("carry_state", "pack_documents"):
+            if self.meta and getattr(self, switch):
+                raise UserError(f"{switch} is true, but each sequence of meta is one new stream: leave one of them out")
         for name in ("text", "held_out"):
             paths = getattr(self, name) if isinstance(getattr(self, name), list | tuple) else (getattr(self, name),)
             _require(all(isinstance(path, str) for path in paths), name, getattr(self, name), "a list of paths")
