@@ -128,6 +128,7 @@ def test_the_cache_carries_the_deltas(kind):
     model, tokens = MODELS[kind]().double(), text(2, 25)
     learner = OnlineLearner(model, levels(kind))
     learner.read(tokens[:, :16])
+    assert learner.state.last is not None
     inputs = torch.cat([learner.state.last, tokens[:, 16:19]], dim=1)
     logits = model(input_ids=inputs, past_key_values=learner.cache(), use_cache=True).logits
     said = -logits.log_softmax(-1)[:, :-1].gather(-1, tokens[:, 16:19, None])[..., 0]
