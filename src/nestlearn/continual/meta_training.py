@@ -16,10 +16,8 @@ from nestlearn.continual.online_level import online_levels
 from nestlearn.data.batches import Batch
 from nestlearn.errors import UserError
 from nestlearn.memory.state import State
-from nestlearn.train.config import ORDERS, TrainConfig
+from nestlearn.train.config import META_WARMUP, ORDERS, TrainConfig
 from nestlearn.train.step import Gradient
-
-WARMUP = 0.1
 
 
 def meta_gradient(config: TrainConfig) -> Gradient | None:
@@ -50,7 +48,7 @@ class MetaGradient:
             rates, order = model.inner_rates.log_rate, config.meta.get("order", ORDERS[0])
             self._learner = MetaLearner(model, online_levels(model), order=order, log_rates=rates)
         ids = torch.cat([batch.inputs, batch.targets[:, -1:]], dim=1)
-        warmup = config.meta.get("warmup", WARMUP) * config.tokens
+        warmup = config.meta.get("warmup", META_WARMUP) * config.tokens
         seen = tokens + batch.inputs.numel()
         losses = self._learner.backward(ids, rate_scale=min(1.0, seen / warmup) if warmup else 1.0)
         return losses.mean(), None

@@ -136,11 +136,8 @@ def deep_chunk(
     anchor = initial if rule.retain_to == "initial" else None
     write1 = _write(hidden, error, rate, live.w1, live.m1, decays, rule, image if whole else None, anchor and anchor.w1)
     write2 = _write(key, error2, rate, live.w2, live.m2, decays, rule, z if whole else None, anchor and anchor.w2)
-    reads = (
-        None
-        if query is None
-        else _read_last(query, write1, write2, live, decays.after() if read_after else decays, anchor)
-    )
+    reading = decays.after() if read_after else decays
+    reads = None if query is None else _read_last(query, write1, write2, live, reading, anchor)
     w1, m1 = chunk_end(write1, live.w1, live.m1, decays, anchor=anchor and anchor.w1)
     w2, m2 = chunk_end(write2, live.w2, live.m2, decays, anchor=anchor and anchor.w2)
     if surprise is not None:

@@ -16,6 +16,7 @@ from nestlearn.errors import UserError, suggest
 
 OPTIMIZERS = ("adamw", "muon", "m3", "delta_momentum", "dmgd")  # what they are: train/optimizers.py
 META, ORDERS = ("levels", "order", "warmup"), ("first", "exact")  # of levels in context: continual/meta.py
+META_WARMUP = 0.1  # of the inner rates
 _MULTIPLES = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "B": 10**9}
 
 
@@ -160,7 +161,7 @@ def _check_meta(meta: Any) -> None:
         if key not in META:
             raise UserError(f"unknown key 'meta.{key}'{suggest(str(key), META)}: known are {', '.join(META)}")
     _require(not meta or bool(meta.get("levels")), "meta.levels", meta.get("levels"), "{'fast': {'period': 64}}, say")
-    order, warmup = meta.get("order", ORDERS[0]), meta.get("warmup", 0.1)
+    order, warmup = meta.get("order", ORDERS[0]), meta.get("warmup", META_WARMUP)
     _require(order in ORDERS, "meta.order", order, f"one of {', '.join(ORDERS)}{suggest(str(order), ORDERS)}")
     number = isinstance(warmup, int | float) and 0 <= warmup <= 1
     _require(number, "meta.warmup", warmup, "a share of all tokens, from 0 to 1")
