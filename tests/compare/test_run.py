@@ -184,7 +184,7 @@ def test_one_rate_is_not_tuned(tmp_path):
 def test_who_breaks_down_is_shown_last_and_says_so(tmp_path):
     pretended = Pretended(lambda model, c: None if model == "transformer" else 2.0)
     results = run_comparison(plan(tmp_path), tmp_path / "out", silent, pretended)
-    assert results["models"][0]["note"] == "training broke down at every rate"
+    assert results["models"][0]["note"] == "broke down at every rate"
     table = (tmp_path / "out" / "table.md").read_text().splitlines()
     assert "retnet | 2.0000 ± 0.0000 | 4.000 ± 0.000" in table[2] and "transformer | broke down" in table[3]
 

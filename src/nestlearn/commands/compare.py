@@ -20,6 +20,8 @@ def compare(
     seeds: Annotated[int, shown("N", "3")] = 3,
     rates: Annotated[tuple[str, ...], shown("RATE,…", "2e-3,4e-3,8e-3")] = (),
     tune_tokens: Annotated[str | None, shown("N", "a fifth of the tokens")] = None,
+    online_rates: Annotated[tuple[str, ...], shown("RATE,…", "none: not measured")] = (),
+    online_period: Annotated[int, shown("N", "128")] = 128,
     out: Annotated[Path, shown("DIR", "runs/compare")] = DEFAULT_OUT,
     overrides: Annotated[tuple[str, ...], shown("KEY=VALUE …", "none", name="set")] = (),
 ) -> None:
@@ -37,6 +39,9 @@ def compare(
         seeds: How many times each is trained, with other initial weights and another order of the text.
         rates: Learning rates to choose from; one beyond is tried where the best is at the edge.
         tune_tokens: How many tokens a rate is tried on.
+        online_rates: Also read every held-out document as one stream, as trained and while the model's levels learn
+            from it in context, at the best of these rates.
+        online_period: Tokens from one change of the levels to the next; slower levels keep their own period.
         out: A folder, new, empty, or of the same comparison.
         overrides: Any other setting, for all models, as key=value, for example batch_size=16 model.hidden_size=192.
     """
@@ -55,6 +60,8 @@ def compare(
         seeds=seeds,
         rates=parse_rates(rates) if rates else RATES,
         tune_tokens=parse_count(tune_tokens) if tune_tokens else None,
+        online_rates=parse_rates(online_rates, "--online-rates"),
+        online_period=online_period,
         overrides=overrides,
     )
     console = Console()

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from nestlearn.compare.results import COLUMNS, rows
+from nestlearn.compare.results import columns, rows
 from nestlearn.eval import svg
 from nestlearn.eval.curves import count, read_curve, smooth
 from nestlearn.eval.run_record import METRICS_FILE_NAME
@@ -87,8 +87,9 @@ def _section(title: str, lede: str, body: str) -> str:
 
 
 def _table(results: Mapping[str, Any]) -> str:
-    names = (f'<th class="number">{escape(name)}</th>' for name in COLUMNS[1:])
-    head = f"<th>{escape(COLUMNS[0])}</th>{''.join(names)}"
+    first, *others = columns(results)
+    names = (f'<th class="number">{escape(name)}</th>' for name in others)
+    head = f"<th>{escape(first)}</th>{''.join(names)}"
     body = "".join(f"<tr>{_cells(cells)}</tr>" for cells in rows(results))
     seeds = results["models"][0]["bits_per_byte"]["seeds"]
     lede = (
@@ -96,6 +97,11 @@ def _table(results: Mapping[str, Any]) -> str:
         "measured in turns, each model in a process of its own: the median of the rounds, memory beyond what the "
         f"libraries hold. State: what a stream keeps after {results['plan']['base']['sequence_length']:,} tokens."
     )
+    if results["plan"]["online_rates"]:
+        lede += (
+            " As a stream: bits per byte of whole held-out documents; learning from it: while the model's levels "
+            f"change every {results['plan']['online_period']} tokens at the rate given, the best of the grid."
+        )
     return _section("Results", lede, f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div>')
 
 

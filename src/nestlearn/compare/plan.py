@@ -22,8 +22,9 @@ from nestlearn.train.config import TrainConfig
 MODELS = ("hope", "transformer", "retnet", "deltanet", "gated_deltanet", "titans")
 RATES = (2e-3, 4e-3, 8e-3)
 TUNE_SHARE = 5  # tuning takes a fifth of the tokens unless told
+ONLINE_PERIOD = 128  # tokens, a quarter of the sequences of most comparisons
 PLAN = "plan.json"
-MAY_GROW = ("models", "seeds")  # more of them leave what is there as it is
+MAY_GROW = ("models", "seeds", "online_rates")  # more of them leave what is there as it is
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class Plan:
     base       the settings all share: text, tokens, batch, optimizer, the first seed, and the models' common shape
     seeds      how many: base.seed, base.seed + 1, …
     rates      learning rates to choose from, increasing; each model takes the best after ``tune_tokens``
+    online_rates   at which the trained models' levels learn from held-out documents that are read as streams, to
+                   choose from; none: that is not measured. ``online_period``: tokens from one change to the next
     overrides  what --set said, to say it again
     """
 
@@ -44,6 +47,8 @@ class Plan:
     seeds: int
     rates: tuple[float, ...]
     tune_tokens: int
+    online_rates: tuple[float, ...] = ()
+    online_period: int = ONLINE_PERIOD
     overrides: tuple[str, ...] = ()
 
     def settings(self) -> dict[str, Any]:
@@ -58,6 +63,9 @@ class Plan:
         words = ["nestlearn", "compare", "--models", *self.models, "--params", str(self.params)]
         words += ["--tokens", str(base.tokens), "--tune-tokens", str(self.tune_tokens), "--seeds", str(self.seeds)]
         words += ["--rates", *(f"{rate:g}" for rate in self.rates), "--tokenizer", base.tokenizer]
+        if self.online_rates:
+            words += ["--online-rates", *(f"{rate:g}" for rate in self.online_rates)]
+            words += ["--online-period", str(self.online_period)]
         words += ["--text", *base.text] if base.text else []
         words += ["--held-out", *base.held_out] if base.held_out else []
         words += ["--out", str(out)]
@@ -72,10 +80,15 @@ def make_plan(
     seeds: int = 3,
     rates: tuple[float, ...] = RATES,
     tune_tokens: int | None = None,
+    online_rates: tuple[float, ...] = (),
+    online_period: int = ONLINE_PERIOD,
     overrides: tuple[str, ...] = (),
 ) -> Plan:
     """``given`` are fields of TrainConfig, ``overrides`` its settings as key=value, for all models."""
     _check(params, seeds, rates)
+    _check_rates("--online-rates", online_rates)
+    if online_period < 1:
+        raise UserError(f"--online-period is {online_period}: must be at least 1 token")
     _refuse_solved(overrides)
     base = TrainConfig(name="compare", **given).replace(overrides)
     # a line of metrics per hundredth of a run, a checkpoint per tenth: the longer runs lose no more to an interruption
@@ -86,16 +99,16 @@ def make_plan(
     tune = tune_tokens or math.ceil(base.tokens / TUNE_SHARE)
     if tune > base.tokens:
         raise UserError(f"--tune-tokens is {tune:,}, more than the {base.tokens:,} of --tokens: give fewer")
-    return Plan(models, params, base, seeds, rates, tune, overrides)
+    return Plan(models, params, base, seeds, rates, tune, online_rates, online_period, overrides)
 
 
-def parse_rates(words: tuple[str, ...]) -> tuple[float, ...]:
+def parse_rates(words: tuple[str, ...], option: str = "--rates") -> tuple[float, ...]:
     """ "1e-3,2e-3" "4e-3" -> three rates."""
     texts = [text for word in words for text in word.split(",") if text.strip()]
     try:
         return tuple(float(text) for text in texts)
     except ValueError:
-        raise UserError(f"--rates {' '.join(words)}: must be numbers, for example 1e-3,2e-3,4e-3") from None
+        raise UserError(f"{option} {' '.join(words)}: must be numbers, for example 1e-3,2e-3,4e-3") from None
 
 
 def open_folder(out: Path, plan: Plan, corpus: dict[str, str]) -> None:
@@ -135,7 +148,7 @@ def filled(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    old = json.loads(path.read_text())
+    old = {"online_rates": [], "online_period": ONLINE_PERIOD} | json.loads(path.read_text())
     return old | {"base": filled(old["base"])}
 
 
@@ -144,8 +157,14 @@ def _check(params: int, seeds: int, rates: tuple[float, ...]) -> None:
         raise UserError(f"--params is {params}: must be at least 1")
     if seeds < 1:
         raise UserError(f"--seeds is {seeds}: must be at least 1")
-    if not rates or any(not 0 < rate <= 10 for rate in rates) or list(rates) != sorted(set(rates)):
-        raise UserError(f"--rates {', '.join(map(str, rates))}: must be increasing numbers above 0 and at most 10")
+    if not rates:
+        raise UserError("--rates names none: give at least one learning rate")
+    _check_rates("--rates", rates)
+
+
+def _check_rates(option: str, rates: tuple[float, ...]) -> None:
+    if any(not 0 < rate <= 10 for rate in rates) or list(rates) != sorted(set(rates)):
+        raise UserError(f"{option} {', '.join(map(str, rates))}: must be increasing numbers above 0 and at most 10")
 
 
 def _refuse_solved(overrides: tuple[str, ...]) -> None:

@@ -21,6 +21,7 @@ COLUMNS = (
     "model", "bits per byte", "perplexity per token", "parameters", "FFN width", "rate", "training tokens/s",
     "peak memory", "decoding tokens/s", "state per stream",
 )  # fmt: skip
+STREAM_COLUMNS = ("as a stream", "learning from it", "at the rate")
 
 
 def combine(
@@ -30,6 +31,7 @@ def combine(
     speeds: Runs,
     tunings: Mapping[str, Tuning],
     runs: Runs,
+    online: Mapping[str, Tuning],
 ) -> dict[str, Any]:
     """What results.json holds. ``None`` stands for what broke down or cannot be said of a single seed."""
     return {
@@ -39,7 +41,10 @@ def combine(
         "hardware": hardware(),
         "versions": versions(),
         "plan": plan.settings(),
-        "models": [_model(c, speeds[c.label], tunings[c.label], runs[c.label]) for c in contenders],
+        "models": [
+            _model(c, speeds[c.label], tunings[c.label], runs[c.label]) | streams(runs[c.label], online.get(c.label))
+            for c in contenders
+        ],
     }
 
 
@@ -54,11 +59,26 @@ def _model(
         "bits_per_byte": spread([run["bits_per_byte"] for run in runs]),
         "perplexity": spread([run.get("perplexity") for run in runs]),
         "rate": tuning.chosen,
-        "tuning": [{"rate": rate, "bits_per_byte": bits} for rate, bits in tuning.rates.items()],
+        "tuning": _tried(tuning),
         "note": tuning.note,
         "speed": costs(speeds),
         "runs": list(runs),
     }
+
+
+def streams(runs: Sequence[Mapping[str, Any]], online: Tuning | None) -> dict[str, Any]:
+    """Whole documents read as streams, where they were: frozen and learning, and the rates that were tried."""
+    if online is None:
+        return {}
+    read = {
+        way: spread([run["stream"][way] and run["stream"][way]["bits_per_byte"] for run in runs if "stream" in run])
+        for way in ("frozen", "learning")
+    }
+    return {"stream": {**read, "rate": online.chosen, "tuning": _tried(online), "note": online.note}}
+
+
+def _tried(tuning: Tuning) -> list[dict[str, float | None]]:
+    return [{"rate": rate, "bits_per_byte": bits} for rate, bits in tuning.rates.items()]
 
 
 def costs(rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -85,10 +105,22 @@ def spread(values: Sequence[float | None]) -> dict[str, float | int | None]:
     }
 
 
+def columns(results: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names of the table's columns."""
+    return (*COLUMNS, *(STREAM_COLUMNS if results["plan"]["online_rates"] else ()))
+
+
 def rows(results: Mapping[str, Any]) -> list[list[str]]:
     """The cells of the table, best model first, what broke down last."""
     ranked = sorted(results["models"], key=lambda m: _or(m["bits_per_byte"]["mean"], math.inf))
-    return [_cells(model) for model in ranked]
+    streamed = bool(results["plan"]["online_rates"])
+    return [_cells(model) + (_stream_cells(model) if streamed else []) for model in ranked]
+
+
+def _stream_cells(model: Mapping[str, Any]) -> list[str]:
+    stream = model.get("stream", {"frozen": {"mean": None}, "learning": {"mean": None}, "rate": None})
+    rate = "–" if stream["rate"] is None else f"{stream['rate']:g}"
+    return [_spread(stream["frozen"], 4), _spread(stream["learning"], 4), rate]
 
 
 def _cells(model: Mapping[str, Any]) -> list[str]:
@@ -108,7 +140,8 @@ def _cells(model: Mapping[str, Any]) -> list[str]:
 
 def markdown(results: Mapping[str, Any]) -> str:
     """The table."""
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
+    names = columns(results)
+    lines = ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
     return "\n".join([*lines, *("| " + " | ".join(cells) + " |" for cells in rows(results))])
 
 

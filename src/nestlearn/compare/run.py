@@ -20,7 +20,7 @@ from nestlearn.compare.results import combine, markdown
 from nestlearn.errors import UserError
 from nestlearn.train.build import read_corpus, vocabulary
 
-TRAIN, SPEED = "nestlearn.compare.train_unit", "nestlearn.compare.speed_unit"
+TRAIN, SPEED, READ = (f"nestlearn.compare.{kind}_unit" for kind in ("train", "speed", "read"))
 ROUNDS, STEPS, DECODED = 3, 3, 32  # of measuring: rounds in which the models take turns, training steps, tokens
 HIGHEST_RATE = 10.0  # that a TrainConfig takes
 
@@ -70,12 +70,14 @@ def _stages(course: Course) -> dict[str, Any]:
     speeds = measure_speeds(course)
     tunings = {contender.label: tune(course, contender) for contender in course.contenders}
     runs: dict[str, list[dict[str, Any]]] = {contender.label: [] for contender in course.contenders}
+    online: dict[str, Tuning] = {}
     results: dict[str, Any] = {}
     for number in range(course.plan.seeds):
         for contender in course.contenders:
             if (rate := tunings[contender.label].chosen) is not None:
-                runs[contender.label].append(train(course, contender, rate, course.plan.base.seed + number))
-        results = combine(course.plan, course.out, course.contenders, speeds, tunings, runs)
+                run = train(course, contender, rate, course.plan.base.seed + number)
+                runs[contender.label].append(run | read_as_stream(course, contender, run, online))
+        results = combine(course.plan, course.out, course.contenders, speeds, tunings, runs, online)
         write(course.out, results)
         course.say(f"after {number + 1} of {course.plan.seeds} seeds:\n{markdown(results)}")
     return results
@@ -102,21 +104,25 @@ def _costs(result: dict[str, Any]) -> str:
 
 
 def tune(course: Course, contender: Contender) -> Tuning:
-    """The best rate of the grid, which is extended by one where the best is at its edge."""
-    rates = list(course.plan.rates)
-    if len(rates) == 1:
-        return Tuning({}, rates[0], "one rate, not tuned")
-    tried = {rate: _tried(course, contender, rate) for rate in rates}
+    """The learning rate that a model is trained with."""
+    if len(course.plan.rates) == 1:
+        return Tuning({}, course.plan.rates[0], "one rate, not tuned")
+    tuning = search(course.plan.rates, lambda rate: _tried(course, contender, rate))
+    course.say(f"{contender.label}: {_rates(tuning)}")
+    return tuning
+
+
+def search(rates: Sequence[float], bits: Callable[[float], float | None]) -> Tuning:
+    """The best rate of a grid, which is extended by one where the best is at its edge."""
+    tried = {rate: bits(rate) for rate in rates}
     best, note = best_rate(tried), ""
-    further = None if best is None else next_rate(rates, best)
+    further = None if best is None or len(rates) < 2 else next_rate(rates, best)
     if further is not None:
-        tried[further] = _tried(course, contender, further)
+        tried[further] = bits(further)
         note = f"{best:g} was the edge of the grid: {further:g} was tried too"
         best = best_rate(tried)
         note += ", and is still the edge" if best == further else ""
-    tuning = Tuning(dict(sorted(tried.items())), best, note if best else "training broke down at every rate")
-    course.say(f"{contender.label}: {_rates(tuning)}")
-    return tuning
+    return Tuning(dict(sorted(tried.items())), best, note if best else "broke down at every rate")
 
 
 def best_rate(tried: dict[float, float | None]) -> float | None:
@@ -143,6 +149,36 @@ def train(course: Course, contender: Contender, rate: float, seed: int) -> dict[
     result = _trained(course, contender, f"seed-{seed}", changes, keep=True)
     folder = course.folder(contender, f"seed-{seed}").relative_to(course.out)
     return {"seed": seed, "folder": folder.as_posix(), **result}
+
+
+def read_as_stream(
+    course: Course, contender: Contender, run: dict[str, Any], online: dict[str, Tuning]
+) -> dict[str, Any]:
+    """``stream``: what a trained model makes of whole documents, as it is and while its levels learn from them.
+
+    The first seed that can be read chooses the rate, kept in ``online``, for the others.
+    """
+    if not course.plan.online_rates or run["bits_per_byte"] is None:
+        return {}
+    label, trained = contender.label, f"seed-{run['seed']}"
+
+    def reading(rate: float) -> dict[str, Any]:
+        unit = {"config": contender.config.to_dict(), "trained": trained, "rate": rate}
+        folder = course.folder(contender, f"read-{trained}-{rate:g}")
+        return do_unit(READ, folder, unit | {"period": course.plan.online_period}, course.launch)
+
+    frozen = reading(0.0)
+    if label not in online:
+        online[label] = search(course.plan.online_rates, lambda rate: reading(rate)["bits_per_byte"])
+    chosen = online[label].chosen
+    learning = None if chosen is None else reading(chosen)
+    course.say(f"{label}, {trained}, as a stream: {_bits(frozen)}, learning from it {_bits(learning)}")
+    return {"stream": {"frozen": frozen, "learning": learning}}
+
+
+def _bits(result: dict[str, Any] | None) -> str:
+    bits = None if result is None else result["bits_per_byte"]
+    return "no finite number" if bits is None else f"{bits:.4f} bits per byte"
 
 
 def _tried(course: Course, contender: Contender, rate: float) -> float | None:

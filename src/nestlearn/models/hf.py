@@ -308,9 +308,14 @@ class HopeForCausalLM(HopePreTrainedModel, GenerationMixin):
         device = next(self.parameters()).device
         return HopeCache(self.model.renewed(state.to(device)), 0)
 
+    @property
+    def state_grows(self) -> bool:
+        """Whether a stream's state grows with its length, as attention's does."""
+        return any(isinstance(block.mixer, CausalAttention) for block in self.model.layers)
+
     def check_carried(self) -> None:
         """UserError where a state cannot be carried through a long stream, because it grows with it."""
-        if any(isinstance(block.mixer, CausalAttention) for block in self.model.layers):
+        if self.state_grows:
             raise UserError(
                 f"the mixer {self.config.mixer!r} keeps every token, so its state cannot be carried from batch to "
                 "batch: set carry_state=false or take a mixer whose state has one size"
