@@ -1,5 +1,6 @@
 """Whole documents as streams: frozen it is the model's own loss, learning it is an OnlineLearner's, each alone."""
 
+import dataclasses
 import json
 import math
 
@@ -116,10 +117,13 @@ def test_the_rate_is_chosen_with_the_first_seed_and_the_table_shows_it(tmp_path)
 def test_a_finished_comparison_can_be_read_later(tmp_path):
     first, later = Counted(), Counted()
     run_comparison(plan(tmp_path, seeds=1), tmp_path / "out", silent, first)
-    results = run_comparison(plan(tmp_path, seeds=1, online_rates=(0.1,)), tmp_path / "out", silent, later)
+    asked = plan(tmp_path, seeds=1, online_rates=(0.1,), online_period=8)
+    results = run_comparison(asked, tmp_path / "out", silent, later)
     names = [f"{model}/read-seed-0-{rate}" for model in ("transformer", "retnet") for rate in ("0", "0.1")]
     assert later.units == names and not any("read" in unit for unit in first.units)
     assert all(model["stream"]["frozen"]["mean"] > 0 for model in results["models"])
+    with pytest.raises(UserError, match="online_period 8, not 16"):
+        run_comparison(dataclasses.replace(asked, online_period=16), tmp_path / "out", silent, later)
 
 
 def test_a_stream_without_a_finite_loss_is_a_result(tmp_path):

@@ -118,7 +118,7 @@ def open_folder(out: Path, plan: Plan, corpus: dict[str, str]) -> None:
         if out.exists() and (not out.is_dir() or any(child.name != "lock" for child in out.iterdir())):
             raise UserError(f"--out {out} exists and holds no comparison: name a new or empty folder")
         out.mkdir(parents=True, exist_ok=True)
-    elif changed := _difference(_read(path), settings):
+    elif changed := _difference(_read(path, settings), settings):
         raise UserError(f"--out {out} holds a comparison with {changed}: name another folder, or the same settings")
     write_json(path, settings)
 
@@ -147,9 +147,11 @@ def filled(config: dict[str, Any]) -> dict[str, Any]:
     return TrainConfig.from_dict(config).to_dict()
 
 
-def _read(path: Path) -> dict[str, Any]:
-    old = {"online_rates": [], "online_period": ONLINE_PERIOD} | json.loads(path.read_text())
-    return old | {"base": filled(old["base"])}
+def _read(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """What is there; the period of reading online is free as long as nothing was read so."""
+    old = json.loads(path.read_text())
+    old |= {"base": filled(old["base"])}
+    return old if old.get("online_rates") else old | {"online_period": settings["online_period"]}
 
 
 def _check(params: int, seeds: int, rates: tuple[float, ...]) -> None:
