@@ -291,3 +291,10 @@ def test_rows_must_stay_the_same():
     learner.read(text(2, 4))
     with pytest.raises(UserError, match="3 rows, but the state holds 2"):
         learner.read(text(3, 4))
+
+
+def test_a_models_own_levels_take_any_setting_but_their_weights():
+    levels = online_levels(hope(), period=4, lr=0.25, bound=0.5)
+    assert {(level.period, level.lr, level.bound) for level in levels} == {(4, 0.25, 0.5)} and len(levels) > 1
+    with pytest.raises(UserError, match="takes no 'weights'"):
+        online_levels(hope(), weights=["lm_head"])

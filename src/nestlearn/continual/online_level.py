@@ -119,16 +119,20 @@ def _check_nested(levels: tuple[OnlineLevel, ...]) -> None:
 def online_levels(model: nn.Module, **settings: Any) -> tuple[OnlineLevel, ...]:
     """The levels that the model itself has, every linear weight of them: of a HopeForCausalLM, or of `stack_levels`.
 
-    settings  of OnlineLevel, the same for all levels; each level's own ``lr_scale`` multiplies ``lr``. A model that
-              was trained for levels in context (its config's ``in_context``) brings their settings and learned rates
+    settings  of OnlineLevel but name and weights, the same for all levels: also a ``period`` instead of each one's
+              own. A level's ``lr_scale`` multiplies ``lr``. A model that was trained for levels in context (its
+              config's ``in_context``) brings their settings and learned rates
     """
     linear = {f"{name}.weight": name for name, module in model.named_modules() if is_linear(module)}
+    if clash := sorted({"name", "weights"} & set(settings)):
+        raise UserError(f"online_levels takes no {clash[0]!r}: a model's levels bring theirs; leave it out")
     if isinstance(model, HopeForCausalLM) and model.config.in_context:
         return _trained_levels(model, linear, settings)
     rate, made = settings.pop("lr", OnlineLevel.lr), []
     for level, names in _own_levels(model).items():
         own = tuple(linear[name] for name in names if name in linear)
-        made.append(OnlineLevel(level.name, level.period, own, rate * level.lr_scale, **settings))
+        told = {"period": level.period, "lr": rate * level.lr_scale, **settings}
+        made.append(OnlineLevel(level.name, weights=own, **told))
     return tuple(made)
 
 
