@@ -22,7 +22,7 @@ def task(device=CPU, dtype=torch.float32, head_width=64, hidden_width=64, chunk=
 def plain(monkeypatch):
     monkeypatch.delenv("NESTLEARN_KERNELS", raising=False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    registry._say_once.cache_clear()
+    registry._said.cache_clear()
 
 
 def test_cpu_runs_the_torch_version_without_a_word():

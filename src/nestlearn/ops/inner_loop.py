@@ -9,6 +9,7 @@ Letters: B batch, H heads, T tokens, M memories, G written ones, d head width, h
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -51,6 +52,10 @@ class LoopTrained(NamedTuple):
 
 def inner_loop(inputs: LoopInputs, state: LoopState, trained: LoopTrained, spec: LoopSpec) -> tuple[Tensor, LoopState]:
     """y (B, H, T, d) and the state after the last token; the first token begins a chunk, the last may be short."""
+    if torch.compiler.is_compiling():
+        from nestlearn.ops.inner_loop_op import inner_loop_op
+
+        return inner_loop_op(inputs, state, trained, spec)
     y, *after = _InnerLoop.apply(spec, *inputs, *state, *trained)  # pyright: ignore[reportGeneralTypeIssues]
     return y, LoopState(*after)
 
@@ -58,54 +63,71 @@ def inner_loop(inputs: LoopInputs, state: LoopState, trained: LoopTrained, spec:
 class _InnerLoop(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, spec: LoopSpec, *tensors: Tensor) -> tuple[Tensor, ...]:
-        inputs, state, trained = LoopInputs(*tensors[:3]), LoopState(*tensors[3:7]), LoopTrained(*tensors[7:])
-        batch, heads, length, width = inputs.x.shape
-        frame = _frame(state, trained, spec, batch)
-        pair = _fold_state(state, spec)
-        kept: list[Tensor] = []
-        y = inputs.x.new_empty(batch, length, heads, width).transpose(1, 2)
-        last: Chunk | None = None
-        for number, piece in enumerate(_pieces(length, spec.chunk)):
-            if number % spec.keep == 0:
-                kept.extend(pair)
-            after = torch.empty_like(pair[0]), torch.empty_like(pair[1])
-            out, last = run_chunk(_cut(inputs, piece), *pair, frame, *after)
-            y[:, :, piece] = out.unflatten(0, (batch, heads))
-            pair = after
-        assert last is not None
+        y, after, kept = run_loop(*parts(tensors), spec)
         ctx.spec, ctx.given = spec, len(tensors)
         ctx.save_for_backward(*tensors, *kept)
-        return y, *_unfold_state(state, pair, last, spec)
+        return y, *after
 
     @staticmethod
     @first_order
     def backward(ctx: Any, dy: Tensor, *d_state: Tensor) -> tuple[Any, ...]:
-        spec: LoopSpec = ctx.spec
         saved = ctx.saved_tensors  # once: under activation checkpointing each reading recomputes
-        tensors, kept = saved[: ctx.given], saved[ctx.given :]
-        inputs, state, trained = LoopInputs(*tensors[:3]), LoopState(*tensors[3:7]), LoopTrained(*tensors[7:])
-        frame = _frame(state, trained, spec, len(inputs.x))
-        totals = Totals.zeros(frame)
-        grads, d_inputs = _fold_grads(LoopState(*d_state), spec), tuple(torch.empty_like(t) for t in inputs)
-        pieces = _pieces(inputs.x.shape[2], spec.chunk)
-        for group in reversed(range(0, len(pieces), spec.keep)):
-            begin = group // spec.keep * 2
-            grads = _group_back(
-                inputs,
-                dy,
-                pieces[group : group + spec.keep],
-                (kept[begin], kept[begin + 1]),
-                grads,
-                frame,
-                totals,
-                d_inputs,
-            )
-        return (
-            None,
-            *d_inputs,
-            *_state_grads(grads, LoopState(*d_state), totals, spec),
-            *_trained_grads(totals, trained),
+        return None, *loop_back(*parts(saved[: ctx.given]), saved[ctx.given :], dy, LoopState(*d_state), ctx.spec)
+
+
+def parts(tensors: Sequence[Tensor]) -> tuple[LoopInputs, LoopState, LoopTrained]:
+    """What was given, from one sequence."""
+    return LoopInputs(*tensors[:3]), LoopState(*tensors[3:7]), LoopTrained(*tensors[7:])
+
+
+def run_loop(
+    inputs: LoopInputs, state: LoopState, trained: LoopTrained, spec: LoopSpec
+) -> tuple[Tensor, tuple[Tensor, ...], list[Tensor]]:
+    """y, the state after, and the folded state at every ``keep``-th chunk, two tensors each."""
+    batch, heads, length, width = inputs.x.shape
+    frame = _frame(state, trained, spec, batch)
+    pair = _fold_state(state, spec)
+    kept: list[Tensor] = []
+    y = inputs.x.new_empty(batch, length, heads, width).transpose(1, 2)
+    last: Chunk | None = None
+    for number, piece in enumerate(_pieces(length, spec.chunk)):
+        if number % spec.keep == 0:
+            kept.extend(pair)
+        after = torch.empty_like(pair[0]), torch.empty_like(pair[1])
+        out, last = run_chunk(_cut(inputs, piece), *pair, frame, *after)
+        y[:, :, piece] = out.unflatten(0, (batch, heads))
+        pair = after
+    assert last is not None
+    return y, _unfold_state(state, pair, last, spec), kept
+
+
+def loop_back(
+    inputs: LoopInputs,
+    state: LoopState,
+    trained: LoopTrained,
+    kept: Sequence[Tensor],
+    dy: Tensor,
+    d_state: LoopState,
+    spec: LoopSpec,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of everything given, in its order; None for initial weights that retention does not pull towards."""
+    frame = _frame(state, trained, spec, len(inputs.x))
+    totals = Totals.zeros(frame)
+    grads, d_inputs = _fold_grads(d_state, spec), tuple(torch.empty_like(t) for t in inputs)
+    pieces = _pieces(inputs.x.shape[2], spec.chunk)
+    for group in reversed(range(0, len(pieces), spec.keep)):
+        begin = group // spec.keep * 2
+        grads = _group_back(
+            inputs,
+            dy,
+            pieces[group : group + spec.keep],
+            (kept[begin], kept[begin + 1]),
+            grads,
+            frame,
+            totals,
+            d_inputs,
         )
+    return *d_inputs, *_state_grads(grads, d_state, totals, spec), *_trained_grads(totals, trained)
 
 
 def _group_back(

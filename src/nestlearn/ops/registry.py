@@ -148,6 +148,11 @@ def loop_for(task: Task, *, quiet: bool = False) -> Loop | None:
     return inner_loop if choice.name == "torch" else None
 
 
-@cache
+@torch.compiler.assume_constant_result  # in compiled code it is said when that is compiled
 def _say_once(message: str) -> None:
+    _said(message)
+
+
+@cache
+def _said(message: str) -> None:
     warnings.warn(message, UserWarning, stacklevel=2)

@@ -50,7 +50,7 @@ def _eliminate(strict: Tensor, gain: Tensor) -> Tensor:
     batch, size, _ = strict.shape
     count = size // _BLOCK
     step = (size * size, _BLOCK * (size + 1), size, 1)
-    blocks = strict.as_strided((batch, count, _BLOCK, _BLOCK), step, strict.storage_offset())
+    blocks = strict.as_strided((batch, count, _BLOCK, _BLOCK), step)
     rows = blocks.permute(2, 3, 0, 1).contiguous().flatten(2)  # (16, 16, blocks)
     factor = gain.reshape(batch * count, _BLOCK).t().contiguous()
     for j in range(1, _BLOCK - 1):

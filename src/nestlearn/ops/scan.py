@@ -25,9 +25,10 @@ def scan(
     """Fold ``step(carry, inputs of the piece, constants) -> (output, carry)`` over ``pieces`` of the time dimension.
 
     inputs and the output carry time in their second last dimension. ``recompute`` selects the lean backward pass,
-    which supports one backward only; without it autograd stores everything and higher derivatives work.
+    which supports one backward only; without it autograd stores everything and higher derivatives work. In compiled
+    code the compiler decides what is computed again.
     """
-    if recompute and torch.is_grad_enabled():
+    if recompute and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         flat = _Scan.apply(step, len(carry), len(inputs), tuple(pieces), *carry, *inputs, *constants)
         return flat[0], tuple(flat[1:])
     outputs = []
