@@ -38,8 +38,11 @@ def test_names_stand_for_mixers_and_levels():
 
 def test_settings_of_a_label_reach_its_model_alone():
     changed = enter('hope:memory.momentum=0.9,memory.adaptive=["k","v"],levels=[1]', BASE, 80_000, 256).config.model
-    assert (changed["memory"], changed["levels"]) == ({"momentum": 0.9, "adaptive": ["k", "v"]}, [1])
-    assert "memory" not in enter("hope", BASE, 80_000, 256).config.model
+    own = {"hidden_width": 8, "momentum": 0.9, "adaptive": ["k", "v"]}
+    assert (changed["memory"], changed["levels"]) == (own, [1])
+    assert enter("hope", BASE, 80_000, 256).config.model["memory"] == {"hidden_width": 8}
+    assert enter("hope:memory.hidden_width=12", BASE, 80_000, 256).config.model["memory"] == {"hidden_width": 12}
+    assert "memory" not in enter("titans", BASE, 80_000, 256).config.model
 
 
 @pytest.mark.parametrize(

@@ -119,3 +119,14 @@ def test_the_language_model_command_is_read_and_its_text_is_there():
     paths = [word for word in words if word.endswith(".xz")]
     assert len(paths) == 2 and all(Path(path).is_file() for path in paths)
     assert words[0] == "compare" and "held_out_per_document=20_000" in words
+
+
+def test_results_are_drawn(tmp_path):
+    def model(name, *bits):
+        windows, frozen, learning = ({"mean": value} for value in bits)
+        return {"model": name, "bits_per_byte": windows, "stream": {"frozen": frozen, "learning": learning}}
+
+    results = {"models": [model("titans:levels=[1]", 2.2, 2.4, None), model("hope", 2.1, 2.1, 2.0)]}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    language_model.draw(tmp_path / "results.json", tmp_path / "novels.png")
+    assert (tmp_path / "novels.png").read_bytes().startswith(b"\x89PNG")

@@ -85,13 +85,20 @@ def configured(label: str, base: TrainConfig) -> TrainConfig:
 
 
 def named_model(name: str, base: TrainConfig) -> dict[str, Any]:
-    """Keyword arguments of HopeConfig: the shape of all, the mixer and the levels of this one."""
+    """Keyword arguments of HopeConfig: the shape of all, the mixer and the levels of this one.
+
+    HOPE's memories have half as many hidden units as a head is wide, so that more is left for its MLPs.
+    """
     mixer, known = mixer_name(name), known_names()
     if mixer not in MIXER_NAMES:
         raise UserError(f"--models names {name!r}{suggest(name, known)}: known are {', '.join(known)}")
     if mixer not in CONTINUUM_MIXERS:
         return base.model | {"mixer": mixer, "levels": [1]}
-    return {"levels": [base.tokens_per_step * steps for steps in LEVEL_STEPS]} | base.model | {"mixer": mixer}
+    hope = {"levels": [base.tokens_per_step * steps for steps in LEVEL_STEPS]} | base.model | {"mixer": mixer}
+    if mixer == "self_modifying":
+        head_width = hope["hidden_size"] // hope["num_attention_heads"]
+        hope["memory"] = {"hidden_width": max(1, head_width // 2)} | (hope.get("memory") or {})
+    return hope
 
 
 def with_shape(labels: Iterable[str], base: TrainConfig, params: int, vocab_size: int) -> TrainConfig:
