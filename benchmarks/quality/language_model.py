@@ -7,9 +7,9 @@
 
 Text: ../shared/data/books_eltec_eng or $NESTLEARN_DATA/books_eltec_eng, English novels 1840–1919: 74 to train on, 10 to
 choose rates and to measure on (the novels of the test split are neither here nor read). Bytes, T = 512, 8 sequences per
-step, AdamW, 3 million parameters. Measured: bits per byte of the first 20,000 bytes of each of the 10 novels, in windows
-of T from a fresh state each, and read from the first byte to the last as one stream, frozen and while the model's levels
-learn from it every 64 tokens.
+step, AdamW, 3 million parameters. Measured: bits per byte of the first 20,000 bytes of each of the 10 novels, in
+windows of T from a fresh state each, and read from the first byte to the last as one stream, frozen and while the
+model's levels learn from it every 64 tokens.
 """
 
 from __future__ import annotations

@@ -94,9 +94,8 @@ def named_model(name: str, base: TrainConfig) -> dict[str, Any]:
         raise UserError(f"--models names {name!r}{suggest(name, known)}: known are {', '.join(known)}")
     if mixer not in CONTINUUM_MIXERS:
         return base.model | {"mixer": mixer, "levels": [1]}
-    hope: dict[str, Any] = (
-        {"levels": [base.tokens_per_step * steps for steps in LEVEL_STEPS]} | base.model | {"mixer": mixer}
-    )
+    periods = [base.tokens_per_step * steps for steps in LEVEL_STEPS]
+    hope: dict[str, Any] = {"levels": periods} | base.model | {"mixer": mixer}
     if mixer == "self_modifying":
         head_width = hope["hidden_size"] // hope["num_attention_heads"]
         hope["memory"] = {"hidden_width": max(1, head_width // 2)} | (hope.get("memory") or {})
