@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import NamedTuple
 
 from nestlearn.errors import UserError, suggest
@@ -141,12 +140,12 @@ class SelfModifyingConfig:
         """Whether no memory can ever change: rate 0, and nothing fades."""
         return self.rate_max == 0 and not self.retention
 
-    @cached_property
+    @property
     def written(self) -> tuple[str, ...]:
         """The memories that change, in the order of ``names``: the adaptive ones and "memory"."""
         return tuple(n for n in self.names if n in self.adaptive or n == "memory")
 
-    @cached_property
+    @property
     def names(self) -> tuple[str, ...]:
         """All memories in the order of their stack: the static ones, the adaptive ones, then "memory"."""
         slow = (*SLOW, "q") if "q" in self.adaptive else SLOW

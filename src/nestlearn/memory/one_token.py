@@ -159,7 +159,7 @@ def _write(
     anchor: Tensor | None,
     c: SelfModifyingConfig,
 ) -> tuple[Tensor, Tensor]:
-    """One DGD write into (B, G, H, out, in); x (F, 1, in), error (F, 1, out), rate (F, 1, 1), retain (B, 1, H, 1, 1)."""
+    """A DGD write into (B, G, H, out, in): x (F, 1, in), error (F, 1, out), rate (F, 1, 1), retain (B, 1, H, 1, 1)."""
     old = _fold(state)
     gain = rate / torch.bmm(x, x.mT).mul(rate).add_(1)
     update = (gain * error).mT
