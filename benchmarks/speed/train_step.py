@@ -7,9 +7,10 @@
 Width 256, 4 layers, batch 4, float32, byte vocabulary; HOPE with all five memories adapting and momentum on, heads of
 width 64 and memories of 32 hidden units as in the preset tiny-cpu. A step is forward, backward and AdamW. Every figure
 is the median over the repeats, the models taking turns within each; peak memory is what a fresh process needs beyond
-the loaded model. ``--clock processor`` counts the process's own seconds, with one thread. Decoding is one stream, a token at a time; from position 65,536 on a HOPE stream of 4,096 tokens is
+the loaded model. Decoding is one stream, a token at a time; from position 65,536 on a HOPE stream of 4,096 tokens is
 told that it stands there (its state has no other trace of the position), and Llama, which would need its whole cache,
-is left out. Prefill is the forward pass without gradients. Writes JSON with ``--out``.
+is left out. Prefill is the forward pass without gradients. ``--clock processor`` counts the process's own seconds, for
+busy machines and one thread. Writes JSON with ``--out``.
 """
 
 from __future__ import annotations
