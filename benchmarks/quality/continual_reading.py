@@ -9,7 +9,7 @@
 
 Readers of a run: "frozen", the model as it is; "levels-n p", its MLP levels changed every p, 4 p, 16 p tokens, of n
 different periods; "online p", every linear weight changed every p tokens, which is fine-tuning online. Settings of
-OnlineLevel may follow: "levels-3 256 bound=0.013 retention=0.9" bounds and shrinks what a stream may change. Each but the
+OnlineLevel may follow: "levels-3 256 bound=0.01 retention=0.9" bounds and shrinks what a stream changes. Each but the
 first reads with one forward and one backward pass, at the best of ``--rates`` on a novel that is not used otherwise.
 A model trained on T tokens is asked in windows of T; attention's cache is emptied every T tokens, HOPE's state never.
 
