@@ -87,7 +87,7 @@ class Run:
     def _levels(self, kind: str, rate: float) -> list[OnlineLevel]:
         name, *words = kind.split()
         period = words.pop(0) if words and "=" not in words[0] else ""
-        settings = {key: float(value) for key, value in (word.split("=") for word in words)}
+        settings: Result = {key: float(value) for key, value in (word.split("=") for word in words)}
         if name == "online":
             head = self.model.get_output_embeddings()
             paths = tuple(n for n, m in self.model.named_modules() if is_linear(m) and m is not head)
