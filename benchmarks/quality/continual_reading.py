@@ -8,7 +8,8 @@
     python benchmarks/quality/continual_reading.py written runs/hope --out written.json
 
 Readers of a run: "frozen", the model as it is; "levels-n p", its MLP levels changed every p, 4 p, 16 p tokens, of n
-different periods; "online p", every linear weight changed every p tokens, which is fine-tuning online. Each but the
+different periods; "online p", every linear weight changed every p tokens, which is fine-tuning online. Settings of
+OnlineLevel may follow: "levels-3 256 bound=0.01 retention=0.9" bounds and shrinks what a stream changes. Each but the
 first reads with one forward and one backward pass, at the best of ``--rates`` on a novel that is not used otherwise.
 A model trained on T tokens is asked in windows of T; attention's cache is emptied every T tokens, HOPE's state never.
 
@@ -74,7 +75,7 @@ class Run:
         self.attention = self.model.config.mixer == "transformer"
 
     def reader(self, kind: str, rate: float) -> OnlineReader:
-        """kind: "frozen", "online p" or "levels-n p"."""
+        """kind: "frozen", "online p" or "levels-n p", with settings of its levels as key=value."""
         context = float(self.length) if self.attention else None
         return OnlineReader(
             OnlineLearner(self.model, self._levels(kind, rate), context=context), self._encode, self.length
@@ -84,16 +85,18 @@ class Run:
         return self.tokenizer.encode(text.encode()).tolist()
 
     def _levels(self, kind: str, rate: float) -> list[OnlineLevel]:
-        name, _, period = kind.partition(" ")
+        name, *words = kind.split()
+        period = words.pop(0) if words and "=" not in words[0] else ""
+        settings: Result = {key: float(value) for key, value in (word.split("=") for word in words)}
         if name == "online":
-            words = self.model.get_output_embeddings()
-            paths = tuple(n for n, m in self.model.named_modules() if is_linear(m) and m is not words)
-            return [OnlineLevel("all", int(period), paths, lr=rate)]
+            head = self.model.get_output_embeddings()
+            paths = tuple(n for n, m in self.model.named_modules() if is_linear(m) and m is not head)
+            return [OnlineLevel("all", int(period), paths, lr=rate, **settings)]
         count = 1 if name == "frozen" else int(name.removeprefix("levels-"))
         lowest, found = int(period or 256), online_levels(self.model)
         periods = [lowest * 4 ** min(i, count - 1) for i in range(len(found))]
         rate = 0.0 if name == "frozen" else rate
-        return [replace(level, period=p, lr=rate) for level, p in zip(found, periods, strict=True)]
+        return [replace(level, period=p, lr=rate, **settings) for level, p in zip(found, periods, strict=True)]
 
 
 def novel(data: Path, name: str) -> str:
@@ -127,6 +130,7 @@ def read_domains(reader: OnlineReader, args: argparse.Namespace) -> Result:
         "domains": list(texts),
         "bits_per_byte": measured.round(4).tolist(),
         "forgotten": forgotten(measured).round(5).tolist(),
+        "first_against_before": [round(float(bits / measured[0, 0] - 1), 5) for bits in measured[1:, 0]],
         "curves": [curve[1:].round(3).tolist() for curve in curves],  # a stream's first token has no bits
     }
 

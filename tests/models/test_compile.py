@@ -97,6 +97,24 @@ def test_one_graph_serves_sequences_of_several_lengths():
     assert len(graphs) == 1
 
 
+def test_a_stream_is_decoded_without_compiling_at_every_position():
+    model, graphs = make_model("self_modifying").eval(), []
+
+    def count(graph, _):
+        graphs.append(graph)
+        return graph
+
+    step = torch.compile(model, fullgraph=True, backend=count)
+    with torch.no_grad():
+        cache = other = model(torch.randint(0, 256, (2, 12)), use_cache=True).past_key_values
+        for position in range(6):  # across the end of a chunk
+            token = torch.full((2, 1), position)
+            ours, theirs = (f(token, past_key_values=c, use_cache=True) for f, c in ((step, cache), (model, other)))
+            assert torch.equal(ours.logits, theirs.logits)
+            cache, other = ours.past_key_values, theirs.past_key_values
+    assert len(graphs) <= 2  # the second is for any position
+
+
 def test_an_optimizer_step_moves_the_same():
     ends = []
     for compile_it in (False, True):

@@ -58,6 +58,14 @@ def test_domains_frozen_adapted_and_gone_on_with(folder, capsys):
     assert script.table(found).count("\n") == 6
 
 
+def test_a_bound_keeps_the_first_domain(folder):
+    free, bound = "levels-2 32", "levels-2 32 bound=0.001 retention=0.9"
+    found = run(folder, "domains", "--kinds", "frozen", free, bound)["results"]
+    kept = {kind: abs(np.array(found[f"hope {kind}"]["first_against_before"])).max() for kind in (free, bound)}
+    assert 0 < kept[bound] < 0.2 * kept[free]
+    assert found["hope frozen"]["first_against_before"] == [0.0] * 5
+
+
 def test_facts_for_every_lowest_period(folder):
     found = run(folder, "facts", "--people", "4", "--choices", "2", "--periods", "64", "4096")["results"]
     assert list(found) == [f"hope {n}" for n in ("frozen", "levels-1 64", "levels-2 64", "levels-1 4096",

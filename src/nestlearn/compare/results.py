@@ -107,14 +107,14 @@ def spread(values: Sequence[float | None]) -> dict[str, float | int | None]:
 
 def columns(results: Mapping[str, Any]) -> tuple[str, ...]:
     """The names of the table's columns."""
-    return (*COLUMNS, *(STREAM_COLUMNS if results["plan"]["online_rates"] else ()))
+    return (*COLUMNS[:2], *(STREAM_COLUMNS if results["plan"]["online_rates"] else ()), *COLUMNS[2:])
 
 
 def rows(results: Mapping[str, Any]) -> list[list[str]]:
     """The cells of the table, best model first, what broke down last."""
     ranked = sorted(results["models"], key=lambda m: _or(m["bits_per_byte"]["mean"], math.inf))
     streamed = bool(results["plan"]["online_rates"])
-    return [_cells(model) + (_stream_cells(model) if streamed else []) for model in ranked]
+    return [_cells(model, _stream_cells(model) if streamed else []) for model in ranked]
 
 
 def _stream_cells(model: Mapping[str, Any]) -> list[str]:
@@ -123,10 +123,11 @@ def _stream_cells(model: Mapping[str, Any]) -> list[str]:
     return [_spread(stream["frozen"], 4), _spread(stream["learning"], 4), rate]
 
 
-def _cells(model: Mapping[str, Any]) -> list[str]:
+def _cells(model: Mapping[str, Any], streamed: Sequence[str]) -> list[str]:
     return [
         model["model"],
         _spread(model["bits_per_byte"], 4),
+        *streamed,
         _spread(model["perplexity"], 3),
         f"{model['parameters']:,}",
         f"{model['intermediate_size']:,}",
