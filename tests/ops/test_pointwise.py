@@ -93,3 +93,16 @@ def test_gated_and_rms_norm_are_the_plain_ones(dtype):
         assert torch.equal(out, right) and out.dtype == right.dtype
         for a, b in zip(torch.autograd.grad(out.sum(), first), torch.autograd.grad(right.sum(), second), strict=True):
             assert a.dtype == b.dtype and (a - b).norm() <= (1e-5 if dtype == torch.float32 else 2e-2) * (1 + b.norm())
+
+
+def test_gated_and_rms_norm_under_functional_transforms():
+    """Gradients row by row, as a meta-learner may ask for them."""
+    x, gate, weight = values(4, 6), values(4, 6, scale=2), values(6)
+
+    def loss(gate, x, weight):
+        return rms_norm(gated(gate, x), weight, 1e-3).square().sum()
+
+    rows = torch.func.vmap(torch.func.grad(loss, argnums=(0, 1)), in_dims=(0, 0, None))(gate, x, weight)
+    leaves = [t.clone().requires_grad_() for t in (gate, x)]
+    for ours, right in zip(rows, torch.autograd.grad(loss(*leaves, weight), leaves), strict=True):
+        assert (ours - right).abs().max() <= 1e-12

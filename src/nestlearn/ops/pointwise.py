@@ -51,10 +51,15 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 
 
 class _Gated(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, x: Tensor) -> Tensor:
-        ctx.save_for_backward(gate, x)
+    def forward(gate: Tensor, x: Tensor) -> Tensor:
         return F.silu(gate) * x
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
@@ -69,11 +74,16 @@ class _Gated(torch.autograd.Function):
 
 
 class _RMSNorm(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.eps = eps
+    def forward(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
         return F.rms_norm(x, x.shape[-1:], weight, eps)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor | None, float], output: Tensor) -> None:
+        *tensors, ctx.eps = inputs
+        ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
@@ -81,7 +91,7 @@ class _RMSNorm(torch.autograd.Function):
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + ctx.eps)
         unit = wide * inverse
-        d_weight = None if weight is None else (grad * unit).flatten(0, -2).sum(0).to(weight.dtype)
+        d_weight = None if weight is None else (grad * unit).reshape(-1, len(weight)).sum(0).to(weight.dtype)
         d_unit = grad if weight is None else grad * weight
         along = (d_unit * unit).mean(-1, keepdim=True)
         return (torch.addcmul(d_unit.to(unit.dtype), unit, along, value=-1) * inverse).to(x.dtype), d_weight, None
