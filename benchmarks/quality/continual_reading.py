@@ -192,8 +192,11 @@ def kinds(run: Run, benchmark: str, periods: Sequence[int]) -> list[str]:
 
 def tuned(run: Run, kind: str, args: argparse.Namespace) -> float:
     """The rate with which a novel that nothing else uses costs fewest bits on its second half, read once."""
+    rates = [0.0] if kind == "frozen" else args.rates
+    if len(rates) == 1:
+        return rates[0]
     text, costs = novel(args.data, TUNING)[APART : APART + args.tune_bytes], {}
-    for rate in args.rates if kind != "frozen" else [0.0]:
+    for rate in rates:
         bits = run.reader(kind, rate).read(text)
         costs[rate] = float(bits[len(bits) // 2 :].mean())
     return min(costs, key=lambda rate: (costs[rate], rate))
