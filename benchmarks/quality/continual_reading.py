@@ -11,6 +11,8 @@ Readers of a run: "frozen", the model as it is; "levels-n p", its MLP levels cha
 different periods; "online p", every linear weight changed every p tokens, which is fine-tuning online. Settings of
 OnlineLevel may follow: "levels-3 256 bound=0.01 retention=0.9" bounds and shrinks what a stream changes. Each but the
 first reads with one forward and one backward pass, at the best of ``--rates`` on a novel that is not used otherwise.
+A last word "recall=slow" asks the slow weights as well, "recall=marks" also the stream as it was after each document
+(continual/recall.py), one forward more for each.
 A model trained on T tokens is asked in windows of T; attention's cache is emptied every T tokens, HOPE's state never.
 
 domains    source of the standard library (held out), a novel, WikiText-2, Shakespeare, another novel: each read once,
@@ -77,9 +79,9 @@ class Run:
     def reader(self, kind: str, rate: float) -> OnlineReader:
         """kind: "frozen", "online p" or "levels-n p", with settings of its levels as key=value."""
         context = float(self.length) if self.attention else None
-        return OnlineReader(
-            OnlineLearner(self.model, self._levels(kind, rate), context=context), self._encode, self.length
-        )
+        kind, _, recall = kind.partition(" recall=")
+        learner = OnlineLearner(self.model, self._levels(kind, rate), context=context)
+        return OnlineReader(learner, self._encode, self.length, recall=recall or None)
 
     def _encode(self, text: str) -> Sequence[int]:
         return self.tokenizer.encode(text.encode()).tolist()
