@@ -89,7 +89,7 @@ class Run:
     def _levels(self, kind: str, rate: float) -> list[OnlineLevel]:
         name, *words = kind.split()
         period = words.pop(0) if words and "=" not in words[0] else ""
-        settings = {key: float(value) for key, value in (word.split("=") for word in words)}
+        settings: Result = {key: float(value) for key, value in (word.split("=") for word in words)}
         if name == "own":
             return list(online_levels(self.model, **settings))
         if name == "online":
