@@ -1,6 +1,7 @@
 """A run of `nestlearn train` as the encoder of the continual benchmark."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ TEXTS = ["a b", "where is my luggage", "w3 w4 w5 w3"]
 def language_encoder(trained=2):
     torch.manual_seed(0)
     levels = [{"name": "fast", "period": 8}, {"name": "slow", "period": 32}]
-    sizes = {"vocab_size": 256, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
+    sizes: dict[str, Any] = {"vocab_size": 256, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
     config = HopeConfig(**sizes, intermediate_size=24, levels=levels, memory={"chunk": 4})
     return LanguageEncoder(HopeForCausalLM(config), ByteTokenizer(), trained)
 
@@ -60,7 +61,8 @@ def test_the_methods_train_its_upper_levels_only():
         model = Classifier(language_encoder(), method.head, 3, reads=method.reads)
         prepare(model, method, 2)
         learn = {id(p) for p in trainable(model.encoder)}
-        own = [{id(p) for p in layer.mlp.parameters()} for layer in model.encoder.layers[1:]]
+        layers: Any = model.encoder.layers  # pyright: ignore[reportAttributeAccessIssue]
+        own = [{id(p) for p in layer.mlp.parameters()} for layer in layers[1:]]
         assert learn == (own[0] | own[1] if count else set()), name
 
 

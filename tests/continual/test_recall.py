@@ -86,4 +86,4 @@ def test_bad_input_is_told():
     with pytest.raises(UserError, match="share is 1"):
         mixed(torch.zeros(2, 3), share=1)
     with pytest.raises(UserError, match="recall is 'mark'"):
-        OnlineReader(learner, list, recall="mark")
+        OnlineReader(learner, lambda s: [len(s)], recall="mark")
