@@ -163,7 +163,11 @@ def resident_megabytes() -> float:
 
 def peak_alone(length: int, threads: int) -> dict[str, float]:
     """Peak memory of training HOPE on one row of ``length`` tokens."""
-    row = {"length": length, "batch": 1, "hope peak MB": round(peak_megabytes("hope", length, threads, batch=1))}
+    row: dict[str, float] = {
+        "length": length,
+        "batch": 1,
+        "hope peak MB": round(peak_megabytes("hope", length, threads, batch=1)),
+    }
     print(json.dumps(row), flush=True)
     return row
 
