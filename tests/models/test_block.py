@@ -69,3 +69,11 @@ def test_the_convolution_is_depthwise_and_causal_and_streams(width):
         output, tail = conv(piece, tail)
         outputs.append(output)
     assert (torch.cat(outputs, dim=1) - expected).abs().max() <= 1e-12 and tail.shape == (2, width - 1, 3)
+
+
+def test_the_tail_of_a_long_input_is_not_a_view_of_it():
+    """A state that is kept must not keep the sequence."""
+    conv = CausalConv(3, 4)
+    x = torch.randn(1, 100, 3)
+    _, tail = conv(x, conv.init_tail(1, x.dtype, x.device))
+    assert tail.untyped_storage().nbytes() == 3 * 3 * 4 and torch.equal(tail, x[:, -3:])

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 
-from nestlearn.ops.pointwise import l2norm, silu_and_slope
+from nestlearn.ops.pointwise import gated, l2norm, rms_norm, silu_and_slope
 
 FUNCTIONS = {"l2norm": l2norm, "silu_and_slope": silu_and_slope}
 
@@ -65,3 +65,44 @@ def test_second_derivatives_are_refused_where_hand_written_and_exact_where_not(n
     fused = FUNCTIONS[name](z, fused=True)
     with pytest.raises(RuntimeError, match="second derivative"):
         torch.autograd.grad((fused if name == "l2norm" else fused[0]).square().sum(), z, create_graph=True)
+
+
+def test_gated_and_rms_norm_to_the_second_derivative():
+    x, gate, weight = (values(*shape).requires_grad_() for shape in ((2, 3, 4), (2, 3, 4), (4,)))
+    for function, given in (
+        (gated, (gate, x)),
+        (partial(rms_norm, eps=1e-3), (x, weight)),
+        (lambda x: rms_norm(x, None, 1e-3), (x,)),
+    ):
+        assert torch.autograd.gradcheck(function, given)
+        assert torch.autograd.gradgradcheck(function, given)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gated_and_rms_norm_are_the_plain_ones(dtype):
+    """Results bit for bit, gradients up to rounding."""
+    x, gate, weight = (values(*shape, scale=3).to(dtype) for shape in ((5, 2, 8), (5, 2, 8), (8,)))
+    plain_gated = lambda gate, x: torch.nn.functional.silu(gate) * x  # noqa: E731
+    plain_norm = lambda x, weight: torch.nn.functional.rms_norm(x, (8,), weight, 1e-6)  # noqa: E731
+    for ours, plain, given in (
+        (gated, plain_gated, (gate, x)),
+        (partial(rms_norm, eps=1e-6), plain_norm, (x, weight)),
+    ):
+        first, second = ([t.clone().requires_grad_() for t in given] for _ in range(2))
+        out, right = ours(*first), plain(*second)
+        assert torch.equal(out, right) and out.dtype == right.dtype
+        for a, b in zip(torch.autograd.grad(out.sum(), first), torch.autograd.grad(right.sum(), second), strict=True):
+            assert a.dtype == b.dtype and (a - b).norm() <= (1e-5 if dtype == torch.float32 else 2e-2) * (1 + b.norm())
+
+
+def test_gated_and_rms_norm_under_functional_transforms():
+    """Gradients row by row, as a meta-learner may ask for them."""
+    x, gate, weight = values(4, 6), values(4, 6, scale=2), values(6)
+
+    def loss(gate, x, weight):
+        return rms_norm(gated(gate, x), weight, 1e-3).square().sum()
+
+    rows = torch.func.vmap(torch.func.grad(loss, argnums=(0, 1)), in_dims=(0, 0, None))(gate, x, weight)
+    leaves = [t.clone().requires_grad_() for t in (gate, x)]
+    for ours, right in zip(rows, torch.autograd.grad(loss(*leaves, weight), leaves), strict=True):
+        assert (ours - right).abs().max() <= 1e-12

@@ -1,13 +1,14 @@
 """One token of a self-modifying memory: decoding, where a chunk's matrices would be all overhead.
 
-The recurrence itself (NL Eq. 57, 86–93), every map of every memory in one batched product. With the weights S, momenta
-m before the token, the weights at its chunk's start as origin of k, v, η, α, of the targets and of all errors:
+The recurrence itself (NL Eq. 57, 86–93), every map of every memory in one batched product, vectors as rows: on a CPU a
+row times its matrix takes a quarter of the time of the matrix times a column. With the weights S, momenta m before the
+token, the weights at its chunk's start as origin of k, v, η, α, of the targets and of all errors:
 
     y = q + w1 σ(w2 q)                        M_memory, before the write, or after it with read "after"
     m ← μ m − gain · e xᵀ                     x = a, e for w1; x = k, (w1ᵀ e) ∘ σ'(z) for w2: as in `deep.py`
     S ← α S + (1 − α) A + m − gain · (S x) xᵀ     A is 0, or the initial weights with retain_to "initial"
 
-Nothing is looked up on the device and no shape depends on the position, so the path can be captured as a CUDA graph.
+Nothing is looked up on a GPU and no shape depends on the position, so the path can be captured as a CUDA graph.
 Plain torch, differentiable any number of times; the state given is never changed. Not covered:
 ``detach_writes``, and gradients with ``truncate``.
 
@@ -57,43 +58,55 @@ class Made(NamedTuple):
 
 def one_token(state: FastState, inputs: Tensors, outer: Outer, config: SelfModifyingConfig) -> tuple[Tensor, FastState]:
     """Read and write one token: inputs x, value input, query (B, H, d). Returns (y (B, H, d), state after)."""
-    c, first = config, len(config.names) - len(config.written)
-    due = _due(state.seen, c)
-    start = Weights(torch.where(due, state.w1, state.start1), torch.where(due, state.w2, state.start2))
-    made = _generate(start, inputs, outer, c)
-    live = Fast(state.w1, state.w2, state.m1, state.m2)
+    start = _start(state, config)
+    made = _generate(start, inputs, outer, state.names, config)
+    live, first = Fast(state.w1, state.w2, state.m1, state.m2), len(state.names) - len(outer.scales)
     behind = slice(first, None)
-    after = _written(*((select(start, behind), select(live, behind)) if first else (start, live)), made, outer, c)
+    after = _written(*((select(start, behind), select(live, behind)) if first else (start, live)), made, outer, config)
     if first:
         after = Fast(*(torch.cat([old[:, :first], new], dim=1) for old, new in zip(live, after, strict=True)))
-    read = after if c.read == "after" else live
+    read = after if config.read == "after" else live
     y = _apply(made.query, read.w1[:, -1], read.w2[:, -1])
     return y, FastState(after.w1, after.w2, after.m1, after.m2, start.w1, start.w2, state.seen + 1, state.names)
 
 
-def _due(seen: Tensor, c: SelfModifyingConfig) -> Tensor:
+def _start(state: FastState, c: SelfModifyingConfig) -> Weights:
+    """The weights at the start of each memory's chunk, for some of which it begins with this token.
+
+    On the CPU a look costs nothing and mostly spares two passes over the state; elsewhere it would stop the queue.
+    """
+    due, looks = (
+        _due(state.seen, len(state.names), c),
+        state.seen.device.type == "cpu" and not torch.compiler.is_compiling(),
+    )
+    if looks and not due.any():
+        return Weights(state.start1, state.start2)
+    return Weights(torch.where(due, state.w1, state.start1), torch.where(due, state.w2, state.start2))
+
+
+def _due(seen: Tensor, memories: int, c: SelfModifyingConfig) -> Tensor:
     """Which memories begin a chunk with this token: (B, M or 1, 1, 1, 1)."""
     slow = seen % c.chunk == 0
     if c.memory_length == c.chunk:
         return slow[:, None, None, None, None]
     own = seen % c.memory_length == 0
-    return torch.stack([slow] * (len(c.names) - 1) + [own], dim=1)[..., None, None, None]
+    return torch.stack([slow] * (memories - 1) + [own], dim=1)[..., None, None, None]
 
 
 def _apply(given: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
     """M(given) = given + w1 σ(w2 given): given (…, d), w1 (…, d, h), w2 (…, h, d)."""
-    column = given.reshape(-1, given.shape[-1], 1)
-    hidden = F.silu(torch.bmm(_fold(w2), column))
-    return torch.baddbmm(column, _fold(w1), hidden).view(given.shape)
+    row = given.reshape(-1, 1, given.shape[-1])
+    hidden = F.silu(torch.bmm(row, _fold(w2).mT))
+    return torch.baddbmm(row, hidden, _fold(w1).mT).view(given.shape)
 
 
 def _fold(t: Tensor) -> Tensor:
     return t.reshape(-1, *t.shape[-2:])
 
 
-def _generate(start: Weights, inputs: Tensors, outer: Outer, c: SelfModifyingConfig) -> Made:
+def _generate(start: Weights, inputs: Tensors, outer: Outer, names: tuple[str, ...], c: SelfModifyingConfig) -> Made:
     x, value, query = inputs
-    given, names = {"v": value, "q": query}, c.names[:-1]
+    given, names = {"v": value, "q": query}, names[:-1]
     out = _apply(torch.stack([given.get(n, x) for n in names], dim=1), start.w1[:, :-1], start.w2[:, :-1])
     made = dict(zip(names, out.unbind(1), strict=True))
     rate = c.rate_max * torch.sigmoid((made["eta"] * outer.rate_weight).sum(-1) + outer.rate_bias)
@@ -110,17 +123,17 @@ def _written(origin: Weights, live: Fast, made: Made, outer: Outer, c: SelfModif
     """The written memories after the token, their errors taken at ``origin``."""
     shape = live.w1.shape[:3]
     w1 = _fold(origin.w1)
-    asked = torch.stack([made.key, made.value], dim=-1)[:, None].expand(*shape, -1, 2).reshape(w1.shape[:2] + (2,))
-    z = torch.bmm(_fold(origin.w2), asked)
+    asked = torch.stack([made.key, made.value], dim=-2)[:, None].expand(*shape, 2, -1).reshape(len(w1), 2, -1)
+    z = torch.bmm(asked, _fold(origin.w2).mT)
     gate = torch.sigmoid(z)
     hidden = z * gate
-    image, target = torch.baddbmm(asked, w1, hidden).unbind(-1)  # M(k), M(v) (F, d)
+    image, target = torch.baddbmm(asked, hidden, w1.mT).split(1, dim=1)  # M(k), M(v) (F, 1, d)
     target = l2norm(target) if c.target_norm == "l2" else target
     error = _error(image, target, outer.mix, shape, c)
-    key, a, gate = asked[..., 0], hidden[..., 0], gate[..., 0]
-    error2 = torch.bmm(error[:, None], w1)[:, 0] * torch.addcmul(gate, a, 1 - gate)
-    rate = (made.rate[:, None] * outer.scales).reshape(-1, 1)
-    retain = made.retain[:, None, :].expand(shape).reshape(-1, 1, 1)
+    key, a, gate = asked[:, :1], hidden[:, :1], gate[:, :1]
+    error2 = torch.bmm(error, w1) * torch.addcmul(gate, a, 1 - gate)
+    rate = (made.rate[:, None] * outer.scales).reshape(-1, 1, 1)
+    retain = made.retain[:, None, :, None, None]
     anchor1, anchor2 = (None, None) if outer.anchor is None else outer.anchor
     w1, m1 = _write(live.w1, live.m1, a, error, rate, retain, anchor1, c)
     w2, m2 = _write(live.w2, live.m2, key, error2, rate, retain, anchor2, c)
@@ -128,12 +141,12 @@ def _written(origin: Weights, live: Fast, made: Made, outer: Outer, c: SelfModif
 
 
 def _error(image: Tensor, target: Tensor, mix: Tensor | None, shape: torch.Size, c: SelfModifyingConfig) -> Tensor:
-    """e (F, d), the objective's gradient at M(k)."""
+    """e (F, 1, d), the objective's gradient at M(k)."""
     if c.objective == "dot":
         return -target
     if mix is None:
         return image - target
-    return torch.addcmul(-target, mix.expand(shape).reshape(-1, 1), image)
+    return torch.addcmul(-target, mix.expand(shape).reshape(-1, 1, 1), image)
 
 
 def _write(
@@ -146,16 +159,13 @@ def _write(
     anchor: Tensor | None,
     c: SelfModifyingConfig,
 ) -> tuple[Tensor, Tensor]:
-    """One DGD write into (B, G, H, out, in) with x (F, in), error (F, out), rate (F, 1), retain (F, 1, 1)."""
-    shape, old, row = state.shape, _fold(state), x[:, None]
-    gain = -rate / (1 + rate * x.square().sum(-1, keepdim=True))
-    update = (gain * error)[..., None]
-    moved = torch.mul(_fold(momentum), c.momentum).addcmul_(update, row) if c.momentum else update * row
-    if anchor is None:
-        end = torch.addcmul(moved, retain, old)
-    else:
-        towards = _fold(anchor.expand(shape))
-        end = torch.addcmul(moved + towards, retain, old - towards)
+    """A DGD write into (B, G, H, out, in): x (F, 1, in), error (F, 1, out), rate (F, 1, 1), retain (B, 1, H, 1, 1)."""
+    old = _fold(state)
+    gain = rate / torch.bmm(x, x.mT).mul(rate).add_(1)
+    update = (gain * error).mT
+    moved = torch.mul(_fold(momentum), c.momentum).addcmul_(update, x, value=-1) if c.momentum else -update * x
+    moved = moved.view(state.shape)
+    end = torch.addcmul(moved, retain, state) if anchor is None else torch.lerp(anchor, state, retain).add_(moved)
     if c.dgd:
-        end = end.addcmul_(torch.bmm(old, x[..., None]) * gain[..., None], row)
-    return end.view(shape), moved.view(shape)
+        _fold(end).addcmul_(torch.bmm(x, old.mT).mul(gain).mT, x, value=-1)
+    return end, moved

@@ -196,10 +196,10 @@ class SelfModifyingMemory(nn.Module):
 
     def _outer(self, dtype: torch.dtype) -> Outer:
         """What `one_token` needs; the initial weights only where retention pulls towards them."""
-        c, trained, anchor = self.config, self._trained(dtype), None
+        c, anchor = self.config, None
+        scales, weight, bias, retain_weight, retain_bias, *mix = self._trained(dtype)
         if c.retain_to == "initial" and c.retention:
-            anchor = Weights(*(w[-len(c.written) :] for w in self.initial_weights(dtype)))
-        scales, weight, bias, retain_weight, retain_bias, *mix = trained
+            anchor = Weights(*(w[-len(scales) :] for w in self.initial_weights(dtype)))
         return Outer(scales, weight, bias, retain_weight, retain_bias, mix[0] if mix else None, anchor)
 
     def _task(self, x: Tensor) -> Task:

@@ -18,11 +18,11 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from nestlearn.errors import UserError, suggest
 from nestlearn.levels import Level
 from nestlearn.models.mlp import GatedMLP
+from nestlearn.ops.pointwise import rms_norm
 
 CONNECTIONS = ("sequential", "nested", "independent")
 
@@ -65,7 +65,7 @@ class Continuum(nn.Module):
         return list(zip(self.levels, cast(list[GatedMLP], list(self.blocks.values())), strict=True))
 
     def _norm(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, x.shape[-1:], eps=self.eps)
+        return rms_norm(x, None, self.eps)
 
     @torch.no_grad()
     def restart(self, fired: set[float]) -> None:

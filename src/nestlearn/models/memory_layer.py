@@ -28,7 +28,7 @@ from nestlearn.memory.state import State
 from nestlearn.memory.stream import FastState
 from nestlearn.models.mlp import RMSNorm
 from nestlearn.ops.causal_conv import causal_conv
-from nestlearn.ops.pointwise import l2norm
+from nestlearn.ops.pointwise import gated, l2norm
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,8 @@ class CausalConv(nn.Module):
     def forward(self, x: Tensor, tail: Tensor) -> tuple[Tensor, Tensor]:
         """Returns (output (B, T, channels), tail after the last token)."""
         padded = torch.cat([tail, x], dim=1)
-        return causal_conv(padded, self.weight), padded[:, x.shape[1] :]
+        after = padded[:, x.shape[1] :]
+        return causal_conv(padded, self.weight), after if x.shape[1] == 1 else after.clone()  # not all of a long x
 
 
 class MemoryFrame(nn.Module):
@@ -79,12 +80,13 @@ class MemoryFrame(nn.Module):
         key_value, query, gate, tail = self._inputs(x, state)
         key, value = (self._split(t) for t in key_value.chunk(2, dim=-1))
         y, memory = self._memorise(x, key, value, query, None if state is None else state.memory)
-        return self.out(self.norm(y).flatten(-2) * F.silu(gate)), LayerState(tail, memory)
+        return self.out(gated(gate, self.norm(y).flatten(-2))), LayerState(tail, memory)
 
     def _inputs(self, x: Tensor, state: LayerState | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         width, tail = x.shape[-1], None if state is None else state.tail
         inputs, gate = self.project(x).split([3 * width, width], dim=-1)
         if self.conv is not None:
+            gate = gate.contiguous()  # of its own: a view would keep what is convolved, too
             inputs, tail = self.conv(inputs, self.conv.init_tail(len(x), x.dtype, x.device) if tail is None else tail)
         key_value, query = inputs.split([2 * width, width], dim=-1)
         return key_value, self._split(query), gate, tail

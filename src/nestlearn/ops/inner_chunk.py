@@ -46,7 +46,7 @@ class LoopSpec(NamedTuple):
     momentum        μ in [0, 1);  rate_max  upper end of η
     normalise       whether v̂ is normalised;  anchored  retention towards the initial weights;  retention  False: α = 1
     after           y reads after the write of its own token
-    keep            the state is kept at every keep-th chunk, the others are computed again in the backward pass
+    keep            the state is kept at every keep-th chunk, the backward pass computes the others again; 0: never
     """
 
     names: tuple[str, ...]
@@ -115,7 +115,7 @@ class Errors(NamedTuple):
 
     key: Tensor
     target: Map
-    wanted: Tensor
+    wanted: Tensor  # or −v̂, with λ = 0: for n's backward pass it is the same
     inverse: Tensor | None
     z: Tensor
     gate: Tensor
@@ -181,7 +181,7 @@ def run_chunk(
     carried1 = carry(hidden, s1, frame.anchor1, shares, d)
     target = gates.apply_map(made.value.out.repeat(spec.written, 1, 1), *weights)
     wanted, inverse = gates.normalise(target.out) if spec.normalise else (target.out, None)
-    error = -wanted if frame.mix is None else frame.mix * (key + carried1.moved[..., :d]) - wanted
+    error = wanted.neg_() if frame.mix is None else (key + carried1.moved[..., :d]).mul_(frame.mix).sub_(wanted)
     pulled = torch.bmm(error, weights.w1)
     rate = frame.scales * (spec.rate_max * made.opened).repeat(spec.written, 1)[..., None]
     errors = Errors(key, target, wanted, inverse, z, gate, slope, error, pulled, rate)

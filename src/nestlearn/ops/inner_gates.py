@@ -70,11 +70,11 @@ def score_back(grad: Tensor, done: Map, w1: Tensor, w2: Tensor, read: Tensor) ->
 
 def normalise(z: Tensor) -> tuple[Tensor, Tensor]:
     """n(z) and 1 / sqrt(‖z‖² + 1e-6)."""
-    inverse = z.square().sum(-1, keepdim=True).add_(EPS).rsqrt_()
+    inverse = torch.linalg.vector_norm(z, dim=-1, keepdim=True).square_().add_(EPS).rsqrt_()
     return z * inverse, inverse
 
 
 def normalise_back(grad: Tensor, y: Tensor, inverse: Tensor) -> Tensor:
-    """d z of y = n(z)."""
+    """d z of y = n(z); the same for y = −n(z) and the gradient of n(z)."""
     along = (y * grad).sum(-1, keepdim=True)
     return torch.addcmul(grad, y, along, value=-1).mul_(inverse)

@@ -211,8 +211,8 @@ def _pair(t: Tensor, first: Tensor, second: Tensor) -> Tensor:
     """[first ∘ t, second ∘ t] side by side."""
     width = t.shape[-1]
     pair = t.new_empty(*t.shape[:-1], 2 * width)
-    pair[..., :width] = t * first
-    pair[..., width:] = t * second
+    torch.mul(t, first, out=pair[..., :width])
+    torch.mul(t, second, out=pair[..., width:])
     return pair
 
 

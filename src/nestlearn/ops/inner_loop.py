@@ -56,6 +56,9 @@ def inner_loop(inputs: LoopInputs, state: LoopState, trained: LoopTrained, spec:
         from nestlearn.ops.inner_loop_op import inner_loop_op
 
         return inner_loop_op(inputs, state, trained, spec)
+    if not torch.is_grad_enabled():
+        y, after, _ = run_loop(inputs, state, trained, spec._replace(keep=0))
+        return y, LoopState(*after)
     y, *after = _InnerLoop.apply(spec, *inputs, *state, *trained)  # pyright: ignore[reportGeneralTypeIssues]
     return y, LoopState(*after)
 
@@ -91,7 +94,7 @@ def run_loop(
     y = inputs.x.new_empty(batch, length, heads, width).transpose(1, 2)
     last: Chunk | None = None
     for number, piece in enumerate(_pieces(length, spec.chunk)):
-        if number % spec.keep == 0:
+        if spec.keep and number % spec.keep == 0:
             kept.extend(pair)
         after = torch.empty_like(pair[0]), torch.empty_like(pair[1])
         out, last = run_chunk(_cut(inputs, piece), *pair, frame, *after)
