@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -51,19 +52,21 @@ def draw(results: Path, path: Path) -> None:
     """Bits per byte of every model, best first: in windows, as a stream, and learning from it."""
     from matplotlib import pyplot  # a dev dependency, for pictures only
 
-    models = sorted(json.loads(results.read_text())["models"], key=lambda m: m["bits_per_byte"]["mean"])
+    models = json.loads(results.read_text())["models"]
+    models = sorted(models, key=lambda m: m["bits_per_byte"]["mean"] or math.inf)
     ways = {
         "windows": [m["bits_per_byte"]["mean"] for m in models],
         "one stream": [m["stream"]["frozen"]["mean"] for m in models],
         "one stream, learning from it": [m["stream"]["learning"]["mean"] for m in models],
     }
+    known = [v for values in ways.values() for v in values if v]
+    low, high = 0.95 * min(known), 1.06 * max(known)
     figure, axes = pyplot.subplots(figsize=(9, 4.2), layout="constrained")
     for number, (way, values) in enumerate(ways.items()):
         places = [place + 0.27 * (number - 1) for place in range(len(models))]
-        bars = axes.bar(places, [v or 0 for v in values], 0.26, label=way)
+        bars = axes.bar(places, [v or low for v in values], 0.26, label=way)
         axes.bar_label(bars, [f"{v:.3f}" if v else "broke down" for v in values], rotation=90, padding=3, fontsize=8)
-    known = [v for values in ways.values() for v in values if v]
-    axes.set_ylim(0.95 * min(known), 1.06 * max(known))
+    axes.set_ylim(low, high)
     axes.set_xticks(range(len(models)), [m["model"].partition(":")[0] for m in models])
     axes.set_ylabel("bits per byte")
     axes.legend()
