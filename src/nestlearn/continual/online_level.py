@@ -136,6 +136,11 @@ def online_levels(model: nn.Module, **settings: Any) -> tuple[OnlineLevel, ...]:
     rate, made = settings.pop("lr", OnlineLevel.lr), []
     for level, names in _own_levels(model).items():
         own = tuple(linear[name] for name in names if name in linear)
+        if not own:
+            raise UserError(
+                f"level {level.name!r} of {type(model).__name__} has no linear module (nn.Linear, Conv1D) whose "
+                f"change a stream could hold; its weights are {list(names)[:2]}: give levels=[OnlineLevel(...)] of other ones"
+            )
         told = {"period": level.period, "lr": rate * level.lr_scale, **settings}
         made.append(OnlineLevel(level.name, weights=own, **told))
     return tuple(made)
