@@ -139,7 +139,7 @@ def online_levels(model: nn.Module, **settings: Any) -> tuple[OnlineLevel, ...]:
         if not own:
             raise UserError(
                 f"level {level.name!r} of {type(model).__name__} has no linear module (nn.Linear, Conv1D) whose "
-                f"change a stream could hold; its weights are {list(names)[:2]}: give levels=[OnlineLevel(...)] of others"
+                f"change a stream could hold; its weights are {list(names)[:2]}: give OnlineLevel objects of others"
             )
         told = {"period": level.period, "lr": rate * level.lr_scale, **settings}
         made.append(OnlineLevel(level.name, weights=own, **told))
