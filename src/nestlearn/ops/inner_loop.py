@@ -53,13 +53,14 @@ class LoopTrained(NamedTuple):
     mix: Tensor | None = None
 
 
+STORED = 8  # chunks: longer pieces are run again even inside `storing`, since what is stored grows with them
 Pair = tuple[Tensor, Tensor]  # the folded state, see `_fold_state`
 _STORE: ContextVar[bool] = ContextVar("nestlearn_store_chunks", default=False)
 
 
 @contextmanager
 def storing() -> Iterator[None]:
-    """Loops inside run no chunk twice, whatever their ``keep``: where a backward pass follows a short piece at once."""
+    """Loops inside of up to ``STORED`` chunks run none twice: for a short piece whose backward pass follows at once."""
     token = _STORE.set(True)
     try:
         yield
@@ -76,7 +77,7 @@ def inner_loop(inputs: LoopInputs, state: LoopState, trained: LoopTrained, spec:
     if not torch.is_grad_enabled():
         y, after, _ = run_loop(inputs, state, trained, spec._replace(keep=0))
         return y, LoopState(*after)
-    if _STORE.get():
+    if _STORE.get() and inputs.x.shape[2] <= STORED * spec.chunk:
         spec = spec._replace(keep=0)
     y, *after = _InnerLoop.apply(spec, *inputs, *state, *trained)  # pyright: ignore[reportGeneralTypeIssues]
     return y, LoopState(*after)
