@@ -85,7 +85,7 @@ def test_what_is_not_finite_rolls_back_and_the_stream_goes_on(kind):
 
 
 def poisoned(state, row: int):
-    """The state with one stream's memory so large that everything read with it overflows, though it is finite itself."""
+    """The state with one stream's memory so large that all that is read with it overflows; it is finite itself."""
     grown = torch.full((state.rows,), 1.0)
     grown[row] = 1e30
     context = state.context.map(lambda t: t * grown.view(-1, *[1] * (t.dim() - 1)) if t.is_floating_point() else t)
