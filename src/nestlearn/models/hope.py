@@ -53,11 +53,10 @@ def delta_rule(kind: Callable[..., nn.Module]) -> Callable[[Shape], nn.Module]:
 
 
 def deep_memory(s: Shape, *, inner_norm: bool = False) -> TitansConfig:
-    """The baselines' MLP memory, of the sizes of HOPE's own."""
+    """The baselines' MLP memory, of the sizes of HOPE's own; its steps are bounded by a layer norm or by themselves."""
     m = s.memory
-    return TitansConfig(
-        m.head_width, m.hidden_width, m.heads, m.memory_length, inner_norm=inner_norm, recompute=m.recompute
-    )
+    sizes = (m.head_width, m.hidden_width, m.heads, m.memory_length)
+    return TitansConfig(*sizes, inner_norm=inner_norm, bounded=not inner_norm, recompute=m.recompute)
 
 
 def window_attention(s: Shape, *, persistent: int = 0) -> WindowAttention:
