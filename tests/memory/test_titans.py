@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -14,13 +16,16 @@ from tests.oracles import titans as oracle
 ROWS, TOKENS, HEADS, WIDTH, HIDDEN = 3, 21, 2, 5, 7
 
 
-def build(chunk: int = 4, *, inner_norm: bool = False, bounded: bool = False, recompute: bool = True) -> TitansMemory:
+def build(chunk: int = 4, **kind: Any) -> TitansMemory:
     torch.manual_seed(0)
-    config = TitansConfig(WIDTH, HIDDEN, HEADS, chunk, inner_norm=inner_norm, bounded=bounded, recompute=recompute)
+    config = TitansConfig(WIDTH, HIDDEN, HEADS, chunk, **kind)
     memory = TitansMemory(config)
     if memory.norm is not None:
         torch.nn.init.uniform_(memory.norm.weight, 0.5, 1.5)
         torch.nn.init.normal_(memory.norm.bias, std=0.3)
+    if memory.config.bounded:  # so large that the bound matters for a fifth of the tokens
+        with torch.no_grad():
+            memory.initial.w1.mul_(2)
     return memory.double()
 
 
@@ -33,14 +38,18 @@ def tokens(dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
     return tuple(t.to(dtype) for t in (key, value, 0.1 * rate, 0.9 + retain / 10, 0.9 * momentum, query))
 
 
+def laws(config: TitansConfig) -> dict[str, bool]:
+    return {"bounded": config.bounded, "anchored": config.retain_to == "initial"}
+
+
 def truth(memory: TitansMemory, row: int, head: int, chunk: int):
     """Reads and last weights of one row and head."""
     network = {"w1": memory.initial.w1[head].detach(), "w2": memory.initial.w2[head].detach()}
     norm = memory.norm and oracle.Norm(memory.norm.weight[head, 0].detach(), memory.norm.bias[head, 0].detach())
-    return oracle.run(tuple(t[row, :, head] for t in tokens()), network, chunk, norm, memory.config.bounded)
+    return oracle.run(tuple(t[row, :, head] for t in tokens()), network, chunk, norm, **laws(memory.config))
 
 
-KINDS: list[dict[str, bool]] = [{}, {"inner_norm": True}, {"bounded": True}]
+KINDS: list[dict[str, Any]] = [{}, {"inner_norm": True}, {"bounded": True}, {"bounded": True, "retain_to": "initial"}]
 
 
 @torch.no_grad()
@@ -102,6 +111,17 @@ def test_bounded_steps_do_not_diverge_where_the_weights_or_values_are_large(larg
         _, state = memory(key, value, 0.5 * ones / 32, ones, 0.5 * ones, key)
         found[bounded] = max(t.abs().max() for t in (state.w1, state.w2))
     assert found[True] < 50 and not found[False] < 1e6
+
+
+@torch.no_grad()
+def test_what_is_forgotten_entirely_leaves_the_initial_weights():
+    key, value, rate, retain, momentum, query = tokens()
+    memory = build(retain_to="initial")
+    retain[:, 9], momentum[:, 9], rate[:, 9] = 0, 0, 0
+    _, state = memory(*(t[:, :10] for t in (key, value, rate, retain, momentum, query)))
+    assert (state.w1[:, 0] - memory.initial.w1).abs().max() <= 1e-12 and state.m1.abs().max() <= 1e-12
+    with pytest.raises(UserError, match="retain_to is 'inital'.*'initial'"):
+        build(retain_to="inital")
 
 
 def test_bounded_and_a_layer_norm_exclude_each_other():

@@ -111,7 +111,8 @@ def test_the_delta_nets_are_their_recurrent_form(kind):
 @torch.no_grad()
 @pytest.mark.parametrize("kind", [TitansLayer, TTTLayer])
 def test_the_deep_memories_are_their_objective(kind):
-    config = TitansConfig(HEAD, 6, HEADS, chunk=8, inner_norm=kind is TTTLayer, bounded=kind is TitansLayer)
+    laws = {"inner_norm": True} if kind is TTTLayer else {"bounded": True, "retain_to": "initial"}
+    config = TitansConfig(HEAD, 6, HEADS, chunk=8, **laws)
     made, x = layer(kind, conv_width=4, config=config), tokens()
 
     def gate(name: str, otherwise: float) -> Tensor:
@@ -127,7 +128,8 @@ def test_the_deep_memories_are_their_objective(kind):
         network = {"w1": initial.w1[head], "w2": initial.w2[head]}
         inner = norm and titans_oracle.Norm(norm.weight[head, 0], norm.bias[head, 0])
         given = (key, value, *(g[row, :, head] for g in gates), query)
-        return titans_oracle.run(given, network, 8, inner, kind is TitansLayer)[0] - query
+        ours = kind is TitansLayer
+        return titans_oracle.run(given, network, 8, inner, bounded=ours, anchored=ours)[0] - query
 
     def mix(*inputs: Tensor) -> Tensor:
         key, value, query = inputs if kind is TTTLayer else (F.silu(t) for t in inputs)

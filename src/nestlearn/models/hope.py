@@ -53,10 +53,12 @@ def delta_rule(kind: Callable[..., nn.Module]) -> Callable[[Shape], nn.Module]:
 
 
 def deep_memory(s: Shape, *, inner_norm: bool = False) -> TitansConfig:
-    """The baselines' MLP memory, of the sizes of HOPE's own; its steps are bounded by a layer norm or by themselves."""
+    """The baselines' MLP memory, of the sizes of HOPE's own; with a layer norm, of TTT-MLP, which forgets nothing."""
     m = s.memory
     sizes = (m.head_width, m.hidden_width, m.heads, m.memory_length)
-    return TitansConfig(*sizes, inner_norm=inner_norm, bounded=not inner_norm, recompute=m.recompute)
+    if inner_norm:
+        return TitansConfig(*sizes, inner_norm=True, recompute=m.recompute)
+    return TitansConfig(*sizes, retain_to=m.retain_to, bounded=True, recompute=m.recompute)
 
 
 def window_attention(s: Shape, *, persistent: int = 0) -> WindowAttention:
