@@ -10,7 +10,9 @@ is the median over the repeats, the models taking turns within each; peak memory
 the loaded model. Decoding is one stream, a token at a time; from position 65,536 on a HOPE stream of 4,096 tokens is
 told that it stands there (its state has no other trace of the position), and Llama, which would need its whole cache,
 is left out. Prefill is the forward pass without gradients. ``--clock processor`` counts the process's own seconds, for
-busy machines and one thread. Writes JSON with ``--out``.
+busy machines and one thread. ``--bounds`` adds what the performance model allows HOPE on this machine: tokens
+per second if its matrix products ran at the rate of a 1024 × 1024 one, its bytes at that of a large copy, and nothing
+else took time. Writes JSON with ``--out``.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ from nestlearn.models.hf import HopeCache
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks.quality.common import about
+from benchmarks.speed.performance_model import floor, measure_machine, parts
 
 WIDTH, LAYERS, BATCH, VOCAB = 256, 4, 4, 256
 SIMULATED = 1 << 16  # positions from here on are simulated
@@ -252,6 +255,27 @@ def decode_table(positions: list[int], count: int, threads: int, repeats: int) -
     return rows
 
 
+def bounds(length: int, position: int) -> dict[str, float]:
+    """Tokens per second that HOPE could reach at most on one thread."""
+    torch.set_num_threads(1)
+    config: Any = hope().config
+    machine = measure_machine(torch.device("cpu"), torch.float32)
+
+    def best(batch: int, **options: Any) -> float:
+        training = options.pop("training", False)
+        return 1 / sum(floor(part, machine, batch=batch, training=training) for part in parts(config, **options))
+
+    row = {
+        "GFLOP/s": round(machine["matmul FLOP/s"] / 1e9, 1),
+        "GB/s": round(machine["copy bytes/s"] / 1e9, 1),
+        "training tokens/s": round(best(BATCH * length, tokens=length, training=True)),
+        "prefill tokens/s": round(best(BATCH * length, tokens=length)),
+        "decoding tokens/s": round(best(1, tokens=position, decode=True)),
+    }
+    print(json.dumps({"bounds": row}), flush=True)
+    return row
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="*", default=[512, 2048], help="of training; none: no training")
@@ -261,6 +285,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--decode", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--bounds", action="store_true", help="what the performance model allows HOPE here")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--peak", choices=list(MODELS), help=argparse.SUPPRESS)
     parser.add_argument("--batch", type=int, default=BATCH, help=argparse.SUPPRESS)
@@ -281,6 +306,8 @@ def main() -> None:
         result["prefill"] = prefill_table(args.prefill, args.threads, args.repeats)
     if args.peak_alone:
         result["peak alone"] = peak_alone(args.peak_alone, max(args.threads))
+    if args.bounds:
+        result["bounds"] = bounds(2048, args.positions[0])
     if args.out:
         args.out.write_text(json.dumps(result, indent=1) + "\n")
 

@@ -33,6 +33,7 @@ from nestlearn.continual.seam import Deltas, active, adapted_cache, attach, grad
 from nestlearn.continual.stream_state import HISTORY, VERDICTS, Mark, OnlineState, check_alike
 from nestlearn.errors import UserError
 from nestlearn.models.hf import HopeForCausalLM
+from nestlearn.ops.inner_loop import storing
 
 
 class RolledBack(UserWarning):
@@ -217,7 +218,7 @@ class OnlineLearner:
         if inputs.shape[1] == 0:
             return inputs.new_zeros(inputs.shape, dtype=torch.float32)
         tape = segment.tape or None
-        with torch.set_grad_enabled(tape is not None), active(segment.deltas, tape):
+        with torch.set_grad_enabled(tape is not None), active(segment.deltas, tape), storing():
             cache = write_cache(segment.context, self.model)
             out = self.model(input_ids=inputs, past_key_values=cache, use_cache=True)
             logits = out.logits.to(torch.promote_types(out.logits.dtype, torch.float32))

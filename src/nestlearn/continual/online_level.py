@@ -88,9 +88,7 @@ class OnlineLevel:
 def check_levels(levels: Iterable[OnlineLevel], connection: str) -> tuple[OnlineLevel, ...]:
     """Names unique, fastest first; nested periods are multiples of each other."""
     levels = tuple(levels)
-    if connection not in CONNECTIONS:
-        near = suggest(str(connection), CONNECTIONS)
-        raise UserError(f"connection is {connection!r}, must be one of {list(CONNECTIONS)}{near}")
+    check_connection(connection)
     if not levels or not all(isinstance(level, OnlineLevel) for level in levels):
         raise UserError(f"levels is {list(levels)!r}: give at least one OnlineLevel, or None for the model's own")
     names, periods = [level.name for level in levels], [level.period for level in levels]
@@ -101,6 +99,13 @@ def check_levels(levels: Iterable[OnlineLevel], connection: str) -> tuple[Online
     if connection == "nested":
         _check_nested(levels)
     return levels
+
+
+def check_connection(connection: str, name: str = "connection") -> None:
+    """UserError for one that does not exist."""
+    if connection not in CONNECTIONS:
+        near = suggest(str(connection), CONNECTIONS)
+        raise UserError(f"{name} is {connection!r}, must be one of {list(CONNECTIONS)}{near}")
 
 
 def _check_nested(levels: tuple[OnlineLevel, ...]) -> None:
