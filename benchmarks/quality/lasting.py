@@ -1,0 +1,325 @@
+"""What stays of new facts and new languages when the text is gone: a model that was trained to keep it in its levels.
+
+    python benchmarks/quality/lasting.py train --out runs/lasting
+    python benchmarks/quality/lasting.py facts --out runs/lasting --json facts.json
+    python benchmarks/quality/lasting.py languages --out runs/lasting --json languages.json
+
+train      a small model learns the form: articles on made-up people, then questions and answers, all in its context
+           ("base"). Three models go on from it with equal tokens, on sequences whose questions come when the articles
+           are out of the context: "none", as ever; "first" and "exact", through the inner steps (continual/meta.py)
+facts      each reads articles on people that it was never trained on, once, and is asked with its context emptied: at
+           once, and after other text. By model, number of levels and lowest period; a change of the levels every p, 4 p
+           and 16 p tokens; the rates are the learned ones times the best of ``--rates`` on other articles
+languages  the same for a lesson in a language, then a lesson in another one
+
+Measured: the share of right answers of 4 (fewest nats wins), and the margin, mean nats of the wrong answers minus nats
+of the right one: finer, as it moves before the share does. What a frozen model scores is what can be guessed.
+Every finished model and reader is saved; the same command goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from benchmarks.quality.common import about
+from benchmarks.quality.lasting_text import (
+    TESTED,
+    TUNED,
+    Asked,
+    Sequences,
+    asked,
+    encode,
+    other_text,
+    own_words,
+    tokenizer,
+    translation,
+)
+from nestlearn import HopeConfig, HopeForCausalLM, MetaLearner, OnlineLearner, OnlineLevel, online_levels
+from nestlearn.continual.facts import encyclopaedia
+from nestlearn.continual.languages import invent, lesson, meanings
+from nestlearn.train.build import build_optimizer
+from nestlearn.train.config import TrainConfig
+from nestlearn.train.step import learning_rate, set_learning_rate
+
+Result = dict[str, Any]
+ORDERS = ("none", "first", "exact")
+LEVELS = ("fast", "middle", "slow")
+CHOICES = 4
+MEMORY = {"recompute": False, "hidden_width": 16, "retain_start": 0.998}  # names are repeated after dozens of tokens
+
+
+def make_model(args: argparse.Namespace) -> HopeForCausalLM:
+    torch.manual_seed(args.seed)
+    levels = [{"name": name, "period": n + 1} for n, name in enumerate(LEVELS)]  # all learn at every step of training
+    return HopeForCausalLM(
+        HopeConfig(
+            vocab_size=tokenizer().get_vocab_size(), hidden_size=args.width, num_hidden_layers=args.layers,
+            num_attention_heads=4, intermediate_size=4 * args.width, mixer=args.mixer, levels=levels,
+            initializer_range=args.width**-0.5, memory=MEMORY if args.mixer == "self_modifying" else None,
+        )
+    )  # fmt: skip
+
+
+def forbidden(args: argparse.Namespace) -> frozenset[str]:
+    """The made-up words of all articles that are tested or tuned on."""
+    seeds = [begin + n for begin in (TESTED, TUNED) for n in range(args.streams)]
+    return frozenset().union(*(own_words(entry) for s in seeds for entry in encyclopaedia(s, args.people, CHOICES)))
+
+
+def train(learner: MetaLearner, batches: Callable[[float], tuple[Tensor, Tensor]], steps: int, rate: float) -> Result:
+    """AdamW; ``batches`` takes the share of the steps that are done. Returns the mean nats of the last tenth."""
+    model = cast(nn.Module, learner.model).train()
+    config = TrainConfig("lasting", tokens=steps * 1000, learning_rate=rate)
+    optimizer, rates = build_optimizer(config, model), torch.optim.Adam([learner.log_rates], lr=0.03)
+    begin, recent = time.process_time(), []
+    for step in range(1, steps + 1):
+        ids, answers = batches((step - 1) / steps)
+        nats = learner.backward(ids, rate_scale=min(1.0, 50 * step / steps))
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        set_learning_rate(optimizer, learning_rate(config, step * 1000))
+        optimizer.step(tokens=1000)
+        rates.step()
+        optimizer.zero_grad()
+        rates.zero_grad()
+        recent = [*recent, (float(nats.mean()), float(nats[answers[:, 1:]].mean()))][-max(1, steps // 10) :]
+        if step % max(1, steps // 10) == 0:
+            every, own = (round(sum(part) / len(recent), 4) for part in zip(*recent, strict=True))
+            print(f"  step {step}: {every} nats, {own} of answers, {time.process_time() - begin:.0f} s", flush=True)
+    model.eval()
+    every, own = (round(sum(part) / len(recent), 4) for part in zip(*recent, strict=True))
+    return {"nats": every, "nats_of_answers": own, "processor_seconds": round(time.process_time() - begin)}
+
+
+def train_all(args: argparse.Namespace) -> None:
+    """The base, then what goes on from it."""
+    base = folder(args, "base")
+    if not base.exists():
+        learner = MetaLearner(make_model(args), online_levels(make_model(args), lr=0.0))
+        draw = Sequences(args.seed, args.base_length, forbidden(args))
+        done = train(
+            learner, lambda _: draw.batch(args.base_batch, 1, length=args.base_length), args.base_steps, args.base_rate
+        )
+        save(learner, base, done, args)
+    for order in args.orders:
+        if not folder(args, order).exists():
+            print(order, flush=True)
+            learner = go_on(order, args)
+            draw = Sequences(args.seed + 1, args.period, forbidden(args))
+
+            def batches(share: float, draw: Sequences = draw) -> tuple[Tensor, Tensor]:
+                return draw.batch(args.batch, args.curriculum[int(share * len(args.curriculum))], args.apart)
+
+            save(learner, folder(args, order), train(learner, batches, args.steps, args.rate), args)
+
+
+def go_on(order: str, args: argparse.Namespace) -> MetaLearner:
+    """From the base. Of "none" no level is active, and the context is never emptied: ordinary training."""
+    model = HopeForCausalLM.from_pretrained(folder(args, "base"))
+    if order == "none":
+        return MetaLearner(model, online_levels(model, lr=0.0), context=math.inf)
+    levels = online_levels(model, period=args.period, lr=args.inner_rate, bound=math.inf)
+    return MetaLearner(model, levels, order=order, context=args.period)
+
+
+def folder(args: argparse.Namespace, order: str) -> Path:
+    return args.out / f"{args.mixer}-{args.seed}" / order
+
+
+def save(learner: MetaLearner, path: Path, done: Result, args: argparse.Namespace) -> None:
+    learner.model.save_pretrained(path)  # pyright: ignore
+    told = {k: v for k, v in vars(args).items() if not isinstance(v, Path)}
+    done |= {"rates": [round(level.lr, 4) for level in learner.levels], "settings": told} | about()
+    (path / "done.json").write_text(json.dumps(done) + "\n")
+
+
+class Reader:
+    """Streams that one trained model reads with ``count`` levels, the fastest changed every ``lowest`` tokens."""
+
+    def __init__(self, path: Path, count: int, lowest: int, scale: float, args: argparse.Namespace) -> None:
+        self.model = HopeForCausalLM.from_pretrained(path).eval()
+        rates = json.loads((path / "done.json").read_text())["rates"]
+        rates = rates if any(rates) else [args.inner_rate] * len(rates)
+        levels = online_levels(self.model, bound=math.inf)
+        made = [
+            replace(level, period=lowest * 4**n, lr=rate * scale if n < count else 0.0)
+            for n, (level, rate) in enumerate(zip(levels, rates, strict=True))
+        ]
+        self.learner = OnlineLearner(self.model, made, context=args.period)
+
+    def read(self, rows: Sequence[Sequence[int]]) -> None:
+        """Tokens of each stream, of equal lengths."""
+        self.learner.read(torch.tensor([list(row) for row in rows]))
+
+    def weights(self, row: int) -> dict[str, Tensor]:
+        """W + Σ Δ of a stream, by the names of the model's parameters; nothing before the first token."""
+        found: dict[str, Tensor] = {}
+        if not self.learner.state.tokens:
+            return found
+        for level, state in zip(self.learner.levels, self.learner.state.levels, strict=True):
+            for path, delta in zip(level.weights if level.active else (), state.deltas, strict=False):
+                own = cast(Tensor, self.model.get_submodule(path).weight).detach()
+                found[f"{path}.weight"] = found.get(f"{path}.weight", own) + delta.matrix()[row]
+        return found
+
+    def answers(self, questions: Sequence[Sequence[Asked]]) -> Result:
+        """Share right and margin over all questions of each stream, by kind."""
+        kinds: dict[str, list[tuple[bool, float]]] = {}
+        for row, own in enumerate(questions):
+            for question, nats in zip(own, choices_nats(self.model, self.weights(row), own), strict=True):
+                right, others = nats[question.right], [n for i, n in enumerate(nats) if i != question.right]
+                pair = (right < min(others), sum(others) / len(others) - right)
+                kinds.setdefault(question.kind, []).append(pair)
+        mean: Callable[[Sequence[float]], float] = lambda values: round(sum(values) / len(values), 4)
+        return {kind: {"right": mean([r for r, _ in own]), "margin": mean([m for _, m in own])}
+                for kind, own in kinds.items()}  # fmt: skip
+
+
+@torch.no_grad()
+def choices_nats(model: nn.Module, weights: Mapping[str, Tensor], questions: Sequence[Asked]) -> list[list[float]]:
+    """Nats of every answer of every question after its prompt, with no other context."""
+    pairs = [(q.prompt, answer) for q in questions for answer in q.answers]
+    flat: list[float] = []
+    for at in range(0, len(pairs), 128):
+        part = pairs[at : at + 128]
+        ids = nn.utils.rnn.pad_sequence([torch.tensor(a + b) for a, b in part], batch_first=True)
+        logits = torch.func.functional_call(model, dict(weights), (ids,), {"use_cache": False}).logits
+        nats = nn.functional.cross_entropy(logits[:, :-1].mT, ids[:, 1:], reduction="none")
+        flat += [float(row[len(a) - 1 :][: len(b)].sum()) for row, (a, b) in zip(nats, part, strict=True)]
+    found = iter(flat)
+    return [[next(found) for _ in q.answers] for q in questions]
+
+
+def read_facts(reader: Reader, first: int, args: argparse.Namespace) -> Result:
+    """Articles of ``args.streams`` encyclopaedias, a stream each; then ``args.later`` tokens of other text."""
+    books = [encyclopaedia(first + n, args.people, CHOICES) for n in range(args.streams)]
+    questions = [[asked(q) for entry in book for q in entry.questions] for book in books]
+    articles = [encode("".join(entry.article for entry in book)) for book in books]
+    other = encode(other_text(random.Random(first), 20))
+    end = -(-max(map(len, articles)) // args.whole) * args.whole
+    found = {"before": reader.answers(questions)}
+    reader.read([own + other[: end - len(own)] for own in articles])
+    found["after"] = reader.answers(questions)
+    reader.read([other[-args.later :]] * len(books))
+    return found | {"later": reader.answers(questions), "tokens": max(map(len, articles))}
+
+
+def read_languages(reader: Reader, first: int, args: argparse.Namespace) -> Result:
+    """Rows: before, after the first, after the second lesson; in each, the answers in both languages."""
+    pairs = [invent(first + n) for n in range(args.streams)]
+    taught, said = meanings(first, args.sentences), meanings(first + 1, args.asked)
+    found: Result = {}
+
+    def ask(when: str) -> None:
+        found[when] = [
+            reader.answers([[translation(pair[i], said, at) for at in range(len(said))] for pair in pairs])
+            for i in range(2)
+        ]
+
+    ask("before")
+    for i, when in enumerate(("after the first", "after the second")):
+        lessons = [encode(lesson(pair[i], taught)) for pair in pairs]
+        length = min(map(len, lessons)) // args.whole * args.whole
+        reader.read([own[-length:] for own in lessons])
+        ask(when)
+    return found
+
+
+BENCHMARKS: dict[str, Callable[[Reader, int, argparse.Namespace], Result]] = {
+    "facts": read_facts, "languages": read_languages,
+}  # fmt: skip
+
+
+def kinds(args: argparse.Namespace) -> list[tuple[str, int, int]]:
+    """Model, number of levels, lowest period; without levels there is but one period."""
+    return [
+        (order, count, lowest)
+        for order in args.orders
+        for count in range(len(LEVELS) + 1)
+        for lowest in (args.periods if count else args.periods[:1])
+    ]
+
+
+def tuned(order: str, count: int, lowest: int, args: argparse.Namespace) -> float:
+    """The multiple of the learned rates whose margin is widest, on articles or lessons that are not tested on."""
+    if not count or len(args.rates) == 1:
+        return args.rates[0]
+    few = argparse.Namespace(**{**vars(args), "streams": min(2, args.streams)})
+    margins = {}
+    for scale in args.rates:
+        found = BENCHMARKS[args.stage](Reader(folder(args, order), count, lowest, scale, args), TUNED, few)
+        margins[scale] = sum(own["margin"] for own in _own(found))
+    return max(margins, key=lambda scale: margins[scale])
+
+
+def _own(found: Result) -> list[Result]:
+    """What rates are chosen by: everything that is asked after reading, of languages that of the one just read."""
+    if "later" in found:
+        return [*found["after"].values(), *found["later"].values()]
+    return [*found["after the first"][0].values(), *found["after the second"][1].values()]
+
+
+def measure(args: argparse.Namespace) -> Result:
+    """Every reader that the file does not hold yet, which grows by each."""
+    path: Path = args.json
+    found: Result = json.loads(path.read_text()) if path.exists() else {**about(), "models": {}, "results": {}}
+    for order in args.orders:
+        found["models"][f"{args.mixer}-{args.seed} {order}"] = json.loads(
+            (folder(args, order) / "done.json").read_text()
+        )
+    for order, count, lowest in kinds(args):
+        name = f"{args.mixer}-{args.seed} {order} levels-{count} {lowest}"
+        if name in found["results"]:
+            continue
+        begin, scale = time.process_time(), tuned(order, count, lowest, args)
+        result = BENCHMARKS[args.stage](Reader(folder(args, order), count, lowest, scale, args), TESTED, args)
+        found["results"][name] = {"rate_scale": scale, **result, "seconds": round(time.process_time() - begin)}
+        path.write_text(json.dumps(found) + "\n")
+        print(f"{name}: {json.dumps(found['results'][name])}", flush=True)
+    return found
+
+
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=["train", *BENCHMARKS])
+    parser.add_argument("--out", type=Path, required=True, help="folder of the models")
+    parser.add_argument("--json", type=Path, help="readers that it holds are not run again")
+    parser.add_argument("--mixer", default="transformer", help="also self_modifying, which is HOPE")
+    parser.add_argument("--orders", nargs="+", choices=ORDERS, default=list(ORDERS))
+    whole = {"--seed": 0, "--width": 64, "--layers": 3, "--base-steps": 1000, "--base-batch": 8, "--base-length": 384,
+             "--steps": 260, "--batch": 8, "--period": 160, "--apart": 0, "--people": 12, "--streams": 3,
+             "--later": 2048, "--whole": 2048, "--sentences": 120, "--asked": 24}  # fmt: skip
+    for name, default in whole.items():
+        parser.add_argument(name, type=int, default=default)
+    parser.add_argument("--base-rate", type=float, default=3e-3)
+    parser.add_argument("--rate", type=float, default=2e-3, help="of AdamW, when going on")
+    parser.add_argument("--inner-rate", type=float, default=0.5, help="that the learned ones start from")
+    parser.add_argument("--curriculum", type=int, nargs="+", default=[1, 1, 2, 2, 4], help="people, in equal shares")
+    parser.add_argument("--periods", type=int, nargs="+", default=[160, 512, 2048], help="lowest ones, tokens")
+    parser.add_argument("--rates", type=float, nargs="+", default=[1.0, 3.0], help="multiples of the learned rates")
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    args = arguments()
+    if args.stage == "train":
+        train_all(args)
+    else:
+        measure(args)
+
+
+if __name__ == "__main__":
+    main()
