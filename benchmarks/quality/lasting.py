@@ -2,6 +2,7 @@
 
     python benchmarks/quality/lasting.py train --out runs/lasting
     python benchmarks/quality/lasting.py facts --out runs/lasting --json facts.json
+    python benchmarks/quality/lasting.py train --out runs/lasting --text languages
     python benchmarks/quality/lasting.py languages --out runs/lasting --json languages.json
 
 train      a small model learns the form: articles on made-up people, then questions and answers, all in its context
@@ -47,7 +48,7 @@ from benchmarks.quality.lasting_text import (
     tokenizer,
     translation,
 )
-from nestlearn import HopeConfig, HopeForCausalLM, MetaLearner, OnlineLearner, OnlineLevel, online_levels
+from nestlearn import HopeConfig, HopeForCausalLM, MetaLearner, OnlineLearner, online_levels
 from nestlearn.continual.facts import encyclopaedia
 from nestlearn.continual.languages import invent, lesson, meanings
 from nestlearn.train.build import build_optimizer
@@ -55,6 +56,7 @@ from nestlearn.train.config import TrainConfig
 from nestlearn.train.step import learning_rate, set_learning_rate
 
 Result = dict[str, Any]
+Batches = Callable[[float], tuple[Tensor, Tensor]]  # of the share of the steps that are done: tokens, answers
 ORDERS = ("none", "first", "exact")
 LEVELS = ("fast", "middle", "slow")
 CHOICES = 4
@@ -79,8 +81,8 @@ def forbidden(args: argparse.Namespace) -> frozenset[str]:
     return frozenset().union(*(own_words(entry) for s in seeds for entry in encyclopaedia(s, args.people, CHOICES)))
 
 
-def train(learner: MetaLearner, batches: Callable[[float], tuple[Tensor, Tensor]], steps: int, rate: float) -> Result:
-    """AdamW; ``batches`` takes the share of the steps that are done. Returns the mean nats of the last tenth."""
+def train(learner: MetaLearner, batches: Batches, steps: int, rate: float) -> Result:
+    """AdamW. Returns the mean nats of the last tenth."""
     model = cast(nn.Module, learner.model).train()
     config = TrainConfig("lasting", tokens=steps * 1000, learning_rate=rate)
     optimizer, rates = build_optimizer(config, model), torch.optim.Adam([learner.log_rates], lr=0.03)
@@ -105,24 +107,38 @@ def train(learner: MetaLearner, batches: Callable[[float], tuple[Tensor, Tensor]
 
 def train_all(args: argparse.Namespace) -> None:
     """The base, then what goes on from it."""
-    base = folder(args, "base")
-    if not base.exists():
+    if not folder(args, "base").exists():
         learner = MetaLearner(make_model(args), online_levels(make_model(args), lr=0.0))
-        draw = Sequences(args.seed, args.base_length, forbidden(args))
-        done = train(
-            learner, lambda _: draw.batch(args.base_batch, 1, length=args.base_length), args.base_steps, args.base_rate
-        )
-        save(learner, base, done, args)
+        done = train(learner, base_batches(args), args.base_steps, args.base_rate)
+        save(learner, folder(args, "base"), done, args)
     for order in args.orders:
         if not folder(args, order).exists():
             print(order, flush=True)
             learner = go_on(order, args)
-            draw = Sequences(args.seed + 1, args.period, forbidden(args))
+            done = train(learner, later_batches(args), args.steps, args.rate)
+            save(learner, folder(args, order), done, args)
 
-            def batches(share: float, draw: Sequences = draw) -> tuple[Tensor, Tensor]:
-                return draw.batch(args.batch, args.curriculum[int(share * len(args.curriculum))], args.apart)
 
-            save(learner, folder(args, order), train(learner, batches, args.steps, args.rate), args)
+def base_batches(args: argparse.Namespace) -> Batches:
+    """All in one context: one article, or a dictionary and the first sentences, then questions."""
+    if args.text == "languages":
+        draw = Sequences(args.seed, args.base_length // 3, frozenset())
+        return lambda _: draw.lessons(args.base_batch, 2)
+    draw = Sequences(args.seed, args.base_length, forbidden(args))
+    return lambda _: draw.batch(args.base_batch, 1, length=args.base_length)
+
+
+def later_batches(args: argparse.Namespace) -> Batches:
+    """Questions a period or more later; a lesson takes two periods more than the curriculum's number."""
+    draw = Sequences(args.seed + 1, args.period, forbidden(args))
+
+    def batches(share: float) -> tuple[Tensor, Tensor]:
+        size = args.curriculum[int(share * len(args.curriculum))]
+        if args.text == "languages":
+            return draw.lessons(args.batch, size + 2)
+        return draw.batch(args.batch, size, args.apart)
+
+    return batches
 
 
 def go_on(order: str, args: argparse.Namespace) -> MetaLearner:
@@ -135,7 +151,7 @@ def go_on(order: str, args: argparse.Namespace) -> MetaLearner:
 
 
 def folder(args: argparse.Namespace, order: str) -> Path:
-    return args.out / f"{args.mixer}-{args.seed}" / order
+    return args.out / f"{args.text}-{args.mixer}-{args.seed}" / order
 
 
 def save(learner: MetaLearner, path: Path, done: Result, args: argparse.Namespace) -> None:
@@ -182,9 +198,11 @@ class Reader:
                 right, others = nats[question.right], [n for i, n in enumerate(nats) if i != question.right]
                 pair = (right < min(others), sum(others) / len(others) - right)
                 kinds.setdefault(question.kind, []).append(pair)
-        mean: Callable[[Sequence[float]], float] = lambda values: round(sum(values) / len(values), 4)
-        return {kind: {"right": mean([r for r, _ in own]), "margin": mean([m for _, m in own])}
-                for kind, own in kinds.items()}  # fmt: skip
+        return {kind: {"right": mean(own, 0), "margin": mean(own, 1)} for kind, own in kinds.items()}
+
+
+def mean(pairs: Sequence[tuple[float, float]], part: int) -> float:
+    return round(sum(pair[part] for pair in pairs) / len(pairs), 4)
 
 
 @torch.no_grad()
@@ -232,7 +250,7 @@ def read_languages(reader: Reader, first: int, args: argparse.Namespace) -> Resu
     for i, when in enumerate(("after the first", "after the second")):
         lessons = [encode(lesson(pair[i], taught)) for pair in pairs]
         length = min(map(len, lessons)) // args.whole * args.whole
-        reader.read([own[-length:] for own in lessons])
+        reader.read([own[:length] for own in lessons])
         ask(when)
     return found
 
@@ -276,11 +294,11 @@ def measure(args: argparse.Namespace) -> Result:
     path: Path = args.json
     found: Result = json.loads(path.read_text()) if path.exists() else {**about(), "models": {}, "results": {}}
     for order in args.orders:
-        found["models"][f"{args.mixer}-{args.seed} {order}"] = json.loads(
+        found["models"][f"{args.text}-{args.mixer}-{args.seed} {order}"] = json.loads(
             (folder(args, order) / "done.json").read_text()
         )
     for order, count, lowest in kinds(args):
-        name = f"{args.mixer}-{args.seed} {order} levels-{count} {lowest}"
+        name = f"{args.text}-{args.mixer}-{args.seed} {order} levels-{count} {lowest}"
         if name in found["results"]:
             continue
         begin, scale = time.process_time(), tuned(order, count, lowest, args)
@@ -298,9 +316,10 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="readers that it holds are not run again")
     parser.add_argument("--mixer", default="transformer", help="also self_modifying, which is HOPE")
     parser.add_argument("--orders", nargs="+", choices=ORDERS, default=list(ORDERS))
+    parser.add_argument("--text", choices=list(BENCHMARKS), help="that the models are trained on; the stage's own")
     whole = {"--seed": 0, "--width": 64, "--layers": 3, "--base-steps": 1000, "--base-batch": 8, "--base-length": 384,
              "--steps": 260, "--batch": 8, "--period": 160, "--apart": 0, "--people": 12, "--streams": 3,
-             "--later": 2048, "--whole": 2048, "--sentences": 120, "--asked": 24}  # fmt: skip
+             "--later": 2048, "--whole": 2048, "--sentences": 80, "--asked": 24}  # fmt: skip
     for name, default in whole.items():
         parser.add_argument(name, type=int, default=default)
     parser.add_argument("--base-rate", type=float, default=3e-3)
@@ -309,7 +328,9 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--curriculum", type=int, nargs="+", default=[1, 1, 2, 2, 4], help="people, in equal shares")
     parser.add_argument("--periods", type=int, nargs="+", default=[160, 512, 2048], help="lowest ones, tokens")
     parser.add_argument("--rates", type=float, nargs="+", default=[1.0, 3.0], help="multiples of the learned rates")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.text = args.text or (args.stage if args.stage in BENCHMARKS else "facts")
+    return args
 
 
 def main() -> None:

@@ -102,6 +102,23 @@ class Sequences:
             made.append(self._row(entries, ids, begin, end + 1))
         return torch.tensor([ids for ids, _ in made]), torch.tensor([answers for _, answers in made])
 
+    def lessons(self, rows: int, periods: int) -> tuple[Tensor, Tensor]:
+        """The same of languages: a lesson of so many periods, then one of other sentences and their English."""
+        made = []
+        for _ in range(rows):
+            language = invent(TRAINED + self._draw.randrange(2**30), 1)[0]
+            said = meanings(self._draw.randrange(2**30), 20 * periods)
+            ids = encode(lesson(language, said))[: periods * self._period]
+            begin = len(ids) - len(ids) % self._period
+            ids, answers = ids[:begin], [False] * begin
+            new = [m for m in meanings(self._draw.randrange(2**30), self._period) if m not in said]
+            for at in range(len(new)):
+                q = translation(language, new, at, 1)
+                ids += q.prompt + q.answers[0]
+                answers += [False] * len(q.prompt) + [True] * len(q.answers[0])
+            made.append((ids[: begin + self._period + 1], answers[: begin + self._period + 1]))
+        return torch.tensor([ids for ids, _ in made]), torch.tensor([answers for _, answers in made])
+
     def _row(self, entries: Sequence[Entry], ids: list[int], begin: int, end: int) -> tuple[list[int], list[bool]]:
         at = self._draw.randrange(len(self._other) - begin)
         ids = ids + self._other[at : at + begin - len(ids)]
