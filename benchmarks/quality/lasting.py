@@ -9,8 +9,8 @@ train      a small model learns the form: articles on made-up people, then quest
            ("base"). Three models go on from it with equal tokens, on sequences whose questions come when the articles
            are out of the context: "none", as ever; "first" and "exact", through the inner steps (continual/meta.py)
 facts      each reads articles on people that it was never trained on, once, and is asked with its context emptied: at
-           once, and after other text. By model, number of levels and lowest period; a change of the levels every p, 4 p
-           and 16 p tokens; the rates are the learned ones times the best of ``--rates`` on other articles
+           once, and after other text. By model, number of levels and lowest period; a change of the levels every p, 2 p
+           and 4 p tokens; the rates are the learned ones times the best of ``--rates`` on other articles
 languages  the same for a lesson in a language, then a lesson in another one
 
 Measured: the share of right answers of 4 (fewest nats wins), and the margin, mean nats of the wrong answers minus nats
@@ -59,7 +59,7 @@ Result = dict[str, Any]
 Batches = Callable[[float], tuple[Tensor, Tensor]]  # of the share of the steps that are done: tokens, answers
 ORDERS = ("none", "first", "exact")
 LEVELS = ("fast", "middle", "slow")
-CHOICES = 4
+CHOICES, SIZES = 4, (4, 8, 12, 16, 24)  # answers of a question; people of an encyclopaedia
 MEMORY = {"recompute": False, "hidden_width": 16, "retain_start": 0.998}  # names are repeated after dozens of tokens
 
 
@@ -75,10 +75,10 @@ def make_model(args: argparse.Namespace) -> HopeForCausalLM:
     )  # fmt: skip
 
 
-def forbidden(args: argparse.Namespace) -> frozenset[str]:
+def forbidden() -> frozenset[str]:
     """The made-up words of all articles that are tested or tuned on."""
-    seeds = [begin + n for begin in (TESTED, TUNED) for n in range(args.streams)]
-    return frozenset().union(*(own_words(entry) for s in seeds for entry in encyclopaedia(s, args.people, CHOICES)))
+    books = [encyclopaedia(begin + n, size, CHOICES) for begin in (TESTED, TUNED) for n in range(4) for size in SIZES]
+    return frozenset().union(*(own_words(entry) for book in books for entry in book))
 
 
 def train(learner: MetaLearner, batches: Batches, steps: int, rate: float) -> Result:
@@ -124,13 +124,13 @@ def base_batches(args: argparse.Namespace) -> Batches:
     if args.text == "languages":
         draw = Sequences(args.seed, args.base_length // 3, frozenset())
         return lambda _: draw.lessons(args.base_batch, 2)
-    draw = Sequences(args.seed, args.base_length, forbidden(args))
+    draw = Sequences(args.seed, args.base_length, forbidden())
     return lambda _: draw.batch(args.base_batch, 1, length=args.base_length)
 
 
 def later_batches(args: argparse.Namespace) -> Batches:
     """Questions a period or more later; a lesson takes two periods more than the curriculum's number."""
-    draw = Sequences(args.seed + 1, args.period, forbidden(args))
+    draw = Sequences(args.seed + 1, args.period, forbidden())
 
     def batches(share: float) -> tuple[Tensor, Tensor]:
         size = args.curriculum[int(share * len(args.curriculum))]
@@ -168,9 +168,9 @@ class Reader:
         self.model = HopeForCausalLM.from_pretrained(path).eval()
         rates = json.loads((path / "done.json").read_text())["rates"]
         rates = rates if any(rates) else [args.inner_rate] * len(rates)
-        levels = online_levels(self.model, bound=math.inf)
+        levels = online_levels(self.model, bound=math.inf, spike=math.inf)
         made = [
-            replace(level, period=lowest * 4**n, lr=rate * scale if n < count else 0.0)
+            replace(level, period=lowest * 2**n, lr=rate * scale if n < count else 0.0)
             for n, (level, rate) in enumerate(zip(levels, rates, strict=True))
         ]
         self.learner = OnlineLearner(self.model, made, context=args.period)
@@ -227,9 +227,8 @@ def read_facts(reader: Reader, first: int, args: argparse.Namespace) -> Result:
     articles = [encode("".join(entry.article for entry in book)) for book in books]
     other = encode(other_text(random.Random(first), 20))
     end = -(-max(map(len, articles)) // args.whole) * args.whole
-    found = {"before": reader.answers(questions)}
     reader.read([own + other[: end - len(own)] for own in articles])
-    found["after"] = reader.answers(questions)
+    found = {"after": reader.answers(questions)}
     reader.read([other[-args.later :]] * len(books))
     return found | {"later": reader.answers(questions), "tokens": max(map(len, articles))}
 
@@ -265,7 +264,7 @@ def kinds(args: argparse.Namespace) -> list[tuple[str, int, int]]:
     return [
         (order, count, lowest)
         for order in args.orders
-        for count in range(len(LEVELS) + 1)
+        for count in args.counts
         for lowest in (args.periods if count else args.periods[:1])
     ]
 
@@ -274,7 +273,7 @@ def tuned(order: str, count: int, lowest: int, args: argparse.Namespace) -> floa
     """The multiple of the learned rates whose margin is widest, on articles or lessons that are not tested on."""
     if not count or len(args.rates) == 1:
         return args.rates[0]
-    few = argparse.Namespace(**{**vars(args), "streams": min(2, args.streams)})
+    few = argparse.Namespace(**{**vars(args), "streams": 1})
     margins = {}
     for scale in args.rates:
         found = BENCHMARKS[args.stage](Reader(folder(args, order), count, lowest, scale, args), TUNED, few)
@@ -318,15 +317,17 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--orders", nargs="+", choices=ORDERS, default=list(ORDERS))
     parser.add_argument("--text", choices=list(BENCHMARKS), help="that the models are trained on; the stage's own")
     whole = {"--seed": 0, "--width": 64, "--layers": 3, "--base-steps": 1000, "--base-batch": 8, "--base-length": 384,
-             "--steps": 260, "--batch": 8, "--period": 160, "--apart": 0, "--people": 12, "--streams": 3,
-             "--later": 2048, "--whole": 2048, "--sentences": 80, "--asked": 24}  # fmt: skip
+             "--steps": 260, "--batch": 8, "--period": 160, "--apart": 0, "--streams": 3,
+             "--later": 2560, "--whole": 2560, "--sentences": 80, "--asked": 24}  # fmt: skip
     for name, default in whole.items():
         parser.add_argument(name, type=int, default=default)
+    parser.add_argument("--people", type=int, choices=SIZES, default=16, help="of an encyclopaedia")
     parser.add_argument("--base-rate", type=float, default=3e-3)
     parser.add_argument("--rate", type=float, default=2e-3, help="of AdamW, when going on")
     parser.add_argument("--inner-rate", type=float, default=0.5, help="that the learned ones start from")
     parser.add_argument("--curriculum", type=int, nargs="+", default=[1, 1, 2, 2, 4], help="people, in equal shares")
-    parser.add_argument("--periods", type=int, nargs="+", default=[160, 512, 2048], help="lowest ones, tokens")
+    parser.add_argument("--periods", type=int, nargs="+", default=[160, 640, 2560], help="lowest ones, tokens")
+    parser.add_argument("--counts", type=int, nargs="+", default=list(range(len(LEVELS) + 1)), help="of levels")
     parser.add_argument("--rates", type=float, nargs="+", default=[1.0, 3.0], help="multiples of the learned rates")
     args = parser.parse_args(argv)
     args.text = args.text or (args.stage if args.stage in BENCHMARKS else "facts")
