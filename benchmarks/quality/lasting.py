@@ -133,10 +133,10 @@ def later_batches(args: argparse.Namespace) -> Batches:
     draw = Sequences(args.seed + 1, args.period, forbidden())
 
     def batches(share: float) -> tuple[Tensor, Tensor]:
-        size = args.curriculum[int(share * len(args.curriculum))]
+        size, apart = args.curriculum[int(share * len(args.curriculum))]
         if args.text == "languages":
             return draw.lessons(args.batch, size + 2)
-        return draw.batch(args.batch, size, args.apart)
+        return draw.batch(args.batch, size, apart)
 
     return batches
 
@@ -308,6 +308,12 @@ def measure(args: argparse.Namespace) -> Result:
     return found
 
 
+def stage(text: str) -> tuple[int, int]:
+    """ "4+1" to (4, 1), "4" to (4, 0)."""
+    people, _, apart = text.partition("+")
+    return int(people), int(apart or 0)
+
+
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=["train", *BENCHMARKS])
@@ -317,7 +323,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--orders", nargs="+", choices=ORDERS, default=list(ORDERS))
     parser.add_argument("--text", choices=list(BENCHMARKS), help="that the models are trained on; the stage's own")
     whole = {"--seed": 0, "--width": 64, "--layers": 3, "--base-steps": 1000, "--base-batch": 8, "--base-length": 384,
-             "--steps": 260, "--batch": 8, "--period": 160, "--apart": 0, "--streams": 3,
+             "--steps": 260, "--batch": 8, "--period": 160, "--streams": 3,
              "--later": 2560, "--whole": 2560, "--sentences": 80, "--asked": 24}  # fmt: skip
     for name, default in whole.items():
         parser.add_argument(name, type=int, default=default)
@@ -325,7 +331,10 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--base-rate", type=float, default=3e-3)
     parser.add_argument("--rate", type=float, default=2e-3, help="of AdamW, when going on")
     parser.add_argument("--inner-rate", type=float, default=0.5, help="that the learned ones start from")
-    parser.add_argument("--curriculum", type=int, nargs="+", default=[1, 1, 2, 2, 4], help="people, in equal shares")
+    parser.add_argument(
+        "--curriculum", type=stage, nargs="+", default=[(1, 0), (1, 0), (2, 0), (2, 1), (4, 1)],
+        help="people+periods of other text before they are asked, in equal shares of the steps",
+    )  # fmt: skip
     parser.add_argument("--periods", type=int, nargs="+", default=[160, 640, 2560], help="lowest ones, tokens")
     parser.add_argument("--counts", type=int, nargs="+", default=list(range(len(LEVELS) + 1)), help="of levels")
     parser.add_argument("--rates", type=float, nargs="+", default=[1.0, 3.0], help="multiples of the learned rates")

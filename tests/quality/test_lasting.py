@@ -10,7 +10,7 @@ from benchmarks.quality import lasting_text as text
 from nestlearn.continual.facts import encyclopaedia
 
 SMALL = ["--width", "16", "--layers", "2", "--base-steps", "3", "--base-batch", "2", "--base-length", "160",
-         "--steps", "2", "--batch", "2", "--curriculum", "1", "2", "--people", "4", "--streams", "2", "--later", "64",
+         "--steps", "2", "--batch", "2", "--curriculum", "1", "2+1", "--people", "4", "--streams", "2", "--later", "64",
          "--whole", "64", "--periods", "160", "--rates", "1", "2", "--asked", "4", "--sentences", "8"]  # fmt: skip
 
 
