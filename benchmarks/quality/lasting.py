@@ -9,8 +9,9 @@ train      a small model learns the form: articles on made-up people, then quest
            ("base"). Three models go on from it with equal tokens, on sequences whose questions come when the articles
            are out of the context: "none", as ever; "first" and "exact", through the inner steps (continual/meta.py)
 facts      each reads articles on people that it was never trained on, once, and is asked with its context emptied: at
-           once, and after other text. By model, number of levels and lowest period; a change of the levels every p, 2 p
-           and 4 p tokens; the rates are the learned ones times the best of ``--rates`` on other articles
+           once, and after other text; a frozen model also with an article before each question. By model, number of
+           levels and lowest period: the levels change every p, 2 p and 4 p tokens; the rates are the learned ones times
+           the best of ``--rates`` on other articles
 languages  the same for a lesson in a language, then a lesson in another one
 
 Measured: the share of right answers of 4 (fewest nats wins), and the margin, mean nats of the wrong answers minus nats
@@ -49,7 +50,7 @@ from benchmarks.quality.lasting_text import (
     translation,
 )
 from nestlearn import HopeConfig, HopeForCausalLM, MetaLearner, OnlineLearner, online_levels
-from nestlearn.continual.facts import encyclopaedia
+from nestlearn.continual.facts import Entry, encyclopaedia
 from nestlearn.continual.languages import invent, lesson, meanings
 from nestlearn.train.build import build_optimizer
 from nestlearn.train.config import TrainConfig
@@ -59,7 +60,7 @@ Result = dict[str, Any]
 Batches = Callable[[float], tuple[Tensor, Tensor]]  # of the share of the steps that are done: tokens, answers
 ORDERS = ("none", "first", "exact")
 LEVELS = ("fast", "middle", "slow")
-CHOICES, SIZES = 4, (4, 8, 12, 16, 24)  # answers of a question; people of an encyclopaedia
+CHOICES, SIZES = 4, (4, 8, 16)  # answers of a question; people of an encyclopaedia
 MEMORY = {"recompute": False, "hidden_width": 16, "retain_start": 0.998}  # names are repeated after dozens of tokens
 
 
@@ -77,7 +78,7 @@ def make_model(args: argparse.Namespace) -> HopeForCausalLM:
 
 def forbidden() -> frozenset[str]:
     """The made-up words of all articles that are tested or tuned on."""
-    books = [encyclopaedia(begin + n, size, CHOICES) for begin in (TESTED, TUNED) for n in range(4) for size in SIZES]
+    books = [encyclopaedia(seed, size, CHOICES) for seed in (*TESTED, *TUNED) for size in SIZES]
     return frozenset().union(*(own_words(entry) for book in books for entry in book))
 
 
@@ -220,23 +221,31 @@ def choices_nats(model: nn.Module, weights: Mapping[str, Tensor], questions: Seq
     return [[next(found) for _ in q.answers] for q in questions]
 
 
-def read_facts(reader: Reader, first: int, args: argparse.Namespace) -> Result:
-    """Articles of ``args.streams`` encyclopaedias, a stream each; then ``args.later`` tokens of other text."""
-    books = [encyclopaedia(first + n, args.people, CHOICES) for n in range(args.streams)]
+def read_facts(reader: Reader, seeds: Sequence[int], args: argparse.Namespace) -> Result:
+    """Articles of an encyclopaedia for each seed, a stream each; then ``args.later`` tokens of other text."""
+    books = [encyclopaedia(seed, max(args.people, CHOICES), CHOICES)[: args.people] for seed in seeds]
     questions = [[asked(q) for entry in book for q in entry.questions] for book in books]
     articles = [encode("".join(entry.article for entry in book)) for book in books]
-    other = encode(other_text(random.Random(first), 20))
+    other = encode(other_text(random.Random(seeds[0]), 20))
     end = -(-max(map(len, articles)) // args.whole) * args.whole
     reader.read([own + other[: end - len(own)] for own in articles])
     found = {"after": reader.answers(questions)}
+    if not any(level.active for level in reader.learner.levels):
+        found["in_context"] = reader.answers([in_context(book[:4]) for book in books])
     reader.read([other[-args.later :]] * len(books))
     return found | {"later": reader.answers(questions), "tokens": max(map(len, articles))}
 
 
-def read_languages(reader: Reader, first: int, args: argparse.Namespace) -> Result:
+def in_context(entries: Sequence[Entry]) -> list[Asked]:
+    """Their questions, each right after the article: what a model can read out of its context."""
+    told = [(encode(entry.article), asked(q)) for entry in entries for q in entry.questions]
+    return [replace(q, prompt=article + q.prompt) for article, q in told]
+
+
+def read_languages(reader: Reader, seeds: Sequence[int], args: argparse.Namespace) -> Result:
     """Rows: before, after the first, after the second lesson; in each, the answers in both languages."""
-    pairs = [invent(first + n) for n in range(args.streams)]
-    taught, said = meanings(first, args.sentences), meanings(first + 1, args.asked)
+    pairs = [invent(seed) for seed in seeds]
+    taught, said = meanings(seeds[0], args.sentences), meanings(seeds[0] + 1, args.asked)
     found: Result = {}
 
     def ask(when: str) -> None:
@@ -254,7 +263,7 @@ def read_languages(reader: Reader, first: int, args: argparse.Namespace) -> Resu
     return found
 
 
-BENCHMARKS: dict[str, Callable[[Reader, int, argparse.Namespace], Result]] = {
+BENCHMARKS: dict[str, Callable[[Reader, Sequence[int], argparse.Namespace], Result]] = {
     "facts": read_facts, "languages": read_languages,
 }  # fmt: skip
 
@@ -273,10 +282,9 @@ def tuned(order: str, count: int, lowest: int, args: argparse.Namespace) -> floa
     """The multiple of the learned rates whose margin is widest, on articles or lessons that are not tested on."""
     if not count or len(args.rates) == 1:
         return args.rates[0]
-    few = argparse.Namespace(**{**vars(args), "streams": 1})
     margins = {}
     for scale in args.rates:
-        found = BENCHMARKS[args.stage](Reader(folder(args, order), count, lowest, scale, args), TUNED, few)
+        found = BENCHMARKS[args.stage](Reader(folder(args, order), count, lowest, scale, args), TUNED, args)
         margins[scale] = sum(own["margin"] for own in _own(found))
     return max(margins, key=lambda scale: margins[scale])
 
@@ -298,10 +306,13 @@ def measure(args: argparse.Namespace) -> Result:
         )
     for order, count, lowest in kinds(args):
         name = f"{args.text}-{args.mixer}-{args.seed} {order} levels-{count} {lowest}"
+        name += f" people-{args.people}" if args.stage == "facts" else ""
         if name in found["results"]:
             continue
         begin, scale = time.process_time(), tuned(order, count, lowest, args)
-        result = BENCHMARKS[args.stage](Reader(folder(args, order), count, lowest, scale, args), TESTED, args)
+        result = BENCHMARKS[args.stage](
+            Reader(folder(args, order), count, lowest, scale, args), TESTED[: args.streams], args
+        )
         found["results"][name] = {"rate_scale": scale, **result, "seconds": round(time.process_time() - begin)}
         path.write_text(json.dumps(found) + "\n")
         print(f"{name}: {json.dumps(found['results'][name])}", flush=True)
@@ -320,14 +331,20 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="folder of the models")
     parser.add_argument("--json", type=Path, help="readers that it holds are not run again")
     parser.add_argument("--mixer", default="transformer", help="also self_modifying, which is HOPE")
-    parser.add_argument("--orders", nargs="+", choices=ORDERS, default=list(ORDERS))
+    parser.add_argument(
+        "--orders",
+        nargs="+",
+        choices=["base", *ORDERS],
+        default=list(ORDERS),
+        help="facts and languages also take base",
+    )
     parser.add_argument("--text", choices=list(BENCHMARKS), help="that the models are trained on; the stage's own")
     whole = {"--seed": 0, "--width": 64, "--layers": 3, "--base-steps": 1000, "--base-batch": 8, "--base-length": 384,
-             "--steps": 260, "--batch": 8, "--period": 160, "--streams": 3,
-             "--later": 2560, "--whole": 2560, "--sentences": 80, "--asked": 24}  # fmt: skip
+             "--steps": 260, "--batch": 8, "--period": 160, "--streams": len(TESTED),
+             "--later": 1920, "--whole": 640, "--sentences": 80, "--asked": 24}  # fmt: skip
     for name, default in whole.items():
         parser.add_argument(name, type=int, default=default)
-    parser.add_argument("--people", type=int, choices=SIZES, default=16, help="of an encyclopaedia")
+    parser.add_argument("--people", type=int, choices=(1, 2, *SIZES), default=4, help="whose articles are read")
     parser.add_argument("--base-rate", type=float, default=3e-3)
     parser.add_argument("--rate", type=float, default=2e-3, help="of AdamW, when going on")
     parser.add_argument("--inner-rate", type=float, default=0.5, help="that the learned ones start from")

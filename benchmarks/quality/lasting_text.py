@@ -20,7 +20,8 @@ from nestlearn.continual.facts import Entry, Question, encyclopaedia
 from nestlearn.continual.languages import Language, Meaning, english, invent, lesson, meanings
 
 VOCABULARY = 640
-TRAINED, TESTED, TUNED = 1_000_000, 0, 500_000  # where the seeds of each begin
+TRAINED = 1_000_000  # where the seeds of training texts begin
+TESTED, TUNED = (*range(4), *range(500_000, 500_004)), tuple(range(250_000, 250_004))  # seeds
 
 
 @cache
