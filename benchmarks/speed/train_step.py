@@ -10,7 +10,9 @@ is the median over the repeats, the models taking turns within each; peak memory
 the loaded model. Decoding is one stream, a token at a time; from position 65,536 on a HOPE stream of 4,096 tokens is
 told that it stands there (its state has no other trace of the position), and Llama, which would need its whole cache,
 is left out. Prefill is the forward pass without gradients. ``--clock processor`` counts the process's own seconds, for
-busy machines and one thread. Writes JSON with ``--out``.
+busy machines and one thread. ``--bounds`` adds what the performance model allows HOPE on this machine: tokens
+per second if its matrix products ran at the rate of a 1024 × 1024 one, its bytes at that of a large copy, and nothing
+else took time. ``--compile`` measures both models under torch.compile, compiling left out. Writes JSON with ``--out``.
 """
 
 from __future__ import annotations
@@ -36,11 +38,14 @@ from nestlearn.models.hf import HopeCache
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks.quality.common import about
+from benchmarks.speed.performance_model import floor, measure_machine, parts
 
 WIDTH, LAYERS, BATCH, VOCAB = 256, 4, 4, 256
 SIMULATED = 1 << 16  # positions from here on are simulated
+Model = Callable[..., Any]
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "processor": time.process_time}
 clock = CLOCKS["wall"]
+prepared: Callable[[torch.nn.Module], Model] = lambda model: model  # noqa: E731
 
 
 def hope(**memory: object) -> torch.nn.Module:
@@ -93,11 +98,11 @@ def parameters(model: torch.nn.Module) -> int:
 def training_step(model: torch.nn.Module, length: int, batch: int = BATCH) -> Callable[[], float]:
     """A closure that takes one step on random bytes and returns its seconds."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    ids = torch.randint(0, VOCAB, (batch, length))
+    ids, run = torch.randint(0, VOCAB, (batch, length)), prepared(model)
 
     def step() -> float:
         begin = clock()
-        model(ids, labels=ids, use_cache=False).loss.backward()
+        run(ids, labels=ids, use_cache=False).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         return clock() - begin
@@ -178,7 +183,7 @@ def prefill_table(lengths: list[int], threads: list[int], repeats: int) -> list[
     rows = []
     for count in threads:
         torch.set_num_threads(count)
-        models = {name: make().eval() for name, make in MODELS.items()}
+        models = {name: prepared(make().eval()) for name, make in MODELS.items()}
         for length in lengths:
             ids = torch.randint(0, VOCAB, (BATCH, length))
             seconds: dict[str, list[float]] = {name: [] for name in models}
@@ -215,7 +220,7 @@ def moved(cache: HopeCache, position: int) -> HopeCache:
     return HopeCache(replace(cache.state, layers=tuple(move(layer) for layer in cache.state.layers)), position)
 
 
-def decode_seconds(model: torch.nn.Module, cache: Any, count: int) -> float:
+def decode_seconds(model: Model, cache: Any, count: int) -> float:
     """Seconds per token of ``count`` tokens from a cache on. A Llama's cache grows in place and is cut back."""
     ids = torch.zeros(1, 1, dtype=torch.long)
     begin, now = clock(), cache
@@ -233,12 +238,13 @@ def decode_table(positions: list[int], count: int, threads: int, repeats: int) -
     torch.set_num_threads(threads)
     models = {name: make().eval() for name, make in MODELS.items()}
     caches = {name: caches_at(name, model, positions) for name, model in models.items()}
+    runs = {name: prepared(model) for name, model in models.items()}
     seconds: dict[tuple[str, int], list[float]] = {(n, p): [] for n in models for p in caches[n]}
     for _ in range(repeats + 1):
         for position in positions:
-            for name, model in models.items():
+            for name, run in runs.items():
                 if position in caches[name]:
-                    seconds[name, position].append(decode_seconds(model, caches[name][position], count))
+                    seconds[name, position].append(decode_seconds(run, caches[name][position], count))
     speeds = {key: 1 / statistics.median(s[1:]) for key, s in seconds.items()}
     rows = []
     for position in positions:
@@ -252,6 +258,27 @@ def decode_table(positions: list[int], count: int, threads: int, repeats: int) -
     return rows
 
 
+def bounds(length: int, position: int) -> dict[str, float]:
+    """Tokens per second that HOPE could reach at most on one thread."""
+    torch.set_num_threads(1)
+    config: Any = hope().config
+    machine = measure_machine(torch.device("cpu"), torch.float32)
+
+    def best(batch: int, **options: Any) -> float:
+        training = options.pop("training", False)
+        return 1 / sum(floor(part, machine, batch=batch, training=training) for part in parts(config, **options))
+
+    row = {
+        "GFLOP/s": round(machine["matmul FLOP/s"] / 1e9, 1),
+        "GB/s": round(machine["copy bytes/s"] / 1e9, 1),
+        "training tokens/s": round(best(BATCH * length, tokens=length, training=True)),
+        "prefill tokens/s": round(best(BATCH * length, tokens=length)),
+        "decoding tokens/s": round(best(1, tokens=position, decode=True)),
+    }
+    print(json.dumps({"bounds": row}), flush=True)
+    return row
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="*", default=[512, 2048], help="of training; none: no training")
@@ -261,19 +288,23 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--decode", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--bounds", action="store_true", help="what the performance model allows HOPE here")
+    parser.add_argument("--compile", action="store_true", help="both models under torch.compile")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--peak", choices=list(MODELS), help=argparse.SUPPRESS)
     parser.add_argument("--batch", type=int, default=BATCH, help=argparse.SUPPRESS)
     parser.add_argument("--clock", choices=list(CLOCKS), default="wall", help="processor: of a machine with other work")
     args = parser.parse_args()
-    global clock
+    global clock, prepared
     clock = CLOCKS[args.clock]
+    if args.compile:
+        prepared = torch.compile
     if args.peak:
         measure_peak(args.peak, args.lengths[0], args.threads[0], args.batch)
         return
     sizes = {name: parameters(make()) for name, make in MODELS.items()}
     print(json.dumps({"parameters": sizes}))
-    result = {"about": about(), "clock": args.clock, "parameters": sizes}
+    result = {"about": about(), "clock": args.clock, "compiled": args.compile, "parameters": sizes}
     result |= {"train": train_table(args.lengths, args.threads, args.repeats)}
     if args.decode:
         result["decode"] = decode_table(args.positions, 64, max(args.threads), args.repeats)
@@ -281,6 +312,8 @@ def main() -> None:
         result["prefill"] = prefill_table(args.prefill, args.threads, args.repeats)
     if args.peak_alone:
         result["peak alone"] = peak_alone(args.peak_alone, max(args.threads))
+    if args.bounds:
+        result["bounds"] = bounds(2048, args.positions[0])
     if args.out:
         args.out.write_text(json.dumps(result, indent=1) + "\n")
 

@@ -49,19 +49,22 @@ def close(ours, theirs, tolerance=1e-8):
         assert (gradient - theirs[name]).abs().max() <= tolerance, name
 
 
+CONNECTED = [("sequential", kind, settings) for kind in MODELS for settings in SETTINGS]
+CONNECTED += [("nested", "gpt2", "clip, bound and retention"), ("nested", "hope", "momentum")]
+
+
 @pytest.mark.parametrize("order", ["first", "exact"])
-@pytest.mark.parametrize("settings", SETTINGS)
-@pytest.mark.parametrize("kind", MODELS)
-def test_equals_everything_unrolled(kind, settings, order):
+@pytest.mark.parametrize("connection, kind, settings", CONNECTED)
+def test_equals_everything_unrolled(connection, kind, settings, order):
     model, own = made(kind, **SETTINGS[settings])
-    learner, tokens = MetaLearner(model, own, order=order), text(2, 19)
+    learner, tokens = MetaLearner(model, own, order=order, connection=connection), text(2, 19)
     learner.backward(tokens)
     told = [
         {"period": int(level.period), "names": [f"{w}.weight" for w in level.weights], "rule": level.rule,
          "decay": level.decay, "clip": level.clip, "retention": level.retention, "bound": level.bound}
         for level in own
     ]  # fmt: skip
-    how = {"constant": order == "first", "functional": kind != "hope"}
+    how = {"constant": order == "first", "functional": kind != "hope", "nested": connection == "nested"}
     with sdpa_kernel(SDPBackend.MATH):
         expected, rates = oracle.gradient(model, learner.log_rates, tokens, told, **how)
     close(gradients(model), expected)
@@ -69,13 +72,14 @@ def test_equals_everything_unrolled(kind, settings, order):
     assert rates.abs().max() > 1e-8
 
 
+@pytest.mark.parametrize("connection", ["sequential", "nested"])
 @pytest.mark.parametrize("order", ["first", "exact"])
 @pytest.mark.parametrize("kind", MODELS)
-def test_reads_as_the_online_learner_does(kind, order):
+def test_reads_as_the_online_learner_does(kind, order, connection):
     model, own = made(kind, spike=math.inf)
-    learner, tokens = MetaLearner(model, own, order=order), text(3, 19)
+    learner, tokens = MetaLearner(model, own, order=order, connection=connection), text(3, 19)
     losses = learner.backward(tokens)
-    read = OnlineLearner(model, learner.levels).read(tokens)
+    read = OnlineLearner(model, learner.levels, connection=connection).read(tokens)
     assert torch.allclose(losses.float(), read[:, 1:], atol=2e-6)
 
 
@@ -159,6 +163,8 @@ def test_clear_errors():
         OnlineLevel("fast", 0.5, own[0].weights)
     with pytest.raises(UserError, match="order them from the fastest"):
         MetaLearner(model, own[::-1])
+    with pytest.raises(UserError, match="nested levels have the periods"):
+        MetaLearner(model, [own[0], replace(own[1], period=6)], connection="nested")
     with pytest.raises(UserError, match=r"tokens are \(19,\)"):
         MetaLearner(model, own).backward(text(1, 19)[0])
     with pytest.raises(UserError, match="rule 'm3' has no second order"):

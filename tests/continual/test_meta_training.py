@@ -66,6 +66,19 @@ def test_the_rates_are_learned_and_saved_with_the_model(tmp_path):
     assert learner.state.levels[0].deltas[0].norm() > 0
 
 
+def test_nested_levels_are_trained_through_their_restarts(tmp_path):
+    model = MODEL | {"levels": [4, 8], "intermediate_size": 32}
+    levels = {"every-4": {"period": 4}, "every-8": {"period": 8}}
+    ends = {}
+    for connection in ("sequential", "nested"):
+        meta = {"order": "exact", "levels": levels, "connection": connection}
+        ends[connection], _ = run(settings(tmp_path, model=model, meta=meta), tmp_path / connection)
+    first, second = (list(m.parameters()) for m in ends.values())
+    assert not all(map(torch.equal, first, second))
+    read = [OnlineLearner(ends["nested"], connection=c).read(torch.arange(20)[None]) for c in ends]
+    assert not torch.equal(read[0][:, 1:], read[1][:, 1:])
+
+
 def test_the_recipe_is_a_complete_model():
     told = load_recipe("ttt-e2e")
     model = build_model(told, 256)
@@ -96,6 +109,8 @@ def test_clear_errors(tmp_path):
         settings(tmp_path, meta={"order": "first"})
     with pytest.raises(UserError, match="meta.levels.fast.period is 17, but sequence_length 16"):
         meta_gradient(settings(tmp_path, meta={"levels": {"fast": {"period": 17}}}))
+    with pytest.raises(UserError, match="meta.connection is 'nestd', must be one of .*did you mean 'nested'"):
+        meta_gradient(settings(tmp_path, meta={**META, "connection": "nestd"}))
     with pytest.raises(UserError, match="give gradient="):
         told = settings(tmp_path)
         loop.train(told, load_data(told, load_tokenizer("bytes")), tmp_path / "x", None, Display(Console(quiet=True)))

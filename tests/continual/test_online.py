@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from nestlearn import OnlineLearner, OnlineLevel, online_levels, stack_levels
 from nestlearn.continual.seam import active
@@ -284,6 +285,13 @@ BAD = [
 def test_one_clear_error(bad, message):
     with pytest.raises(UserError, match=message):
         bad(llama())
+
+
+def test_experts_in_one_parameter_are_said_to_be_no_linear_module():
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = MixtralForCausalLM(MixtralConfig(vocab_size=31, num_key_value_heads=1, num_local_experts=2, **sizes))
+    with pytest.raises(UserError, match="level 'every-4' of MixtralForCausalLM has no linear module"):
+        OnlineLearner(stack_levels(model, [4, 8]))
 
 
 def test_rows_must_stay_the_same():

@@ -107,6 +107,17 @@ def test_low_rank_changes_are_of_low_rank_and_end_in_the_weights(encoder, tasks)
         assert max(ranks) == number
 
 
+def test_low_rank_changes_share_one_head_and_its_optimizer(encoder, tasks, monkeypatch):
+    one, made = learner(encoder, Method("lora", rank=1)), []
+    own = one._optimizer
+    monkeypatch.setattr(one, "_optimizer", lambda **which: made.append(own(**which)) or made[-1])
+    names = lambda optimizer: [n for group in optimizer.param_groups for n in group["param_names"]]  # noqa: E731
+    assert names(one.optimizer) and all(n.startswith("classifier.") for n in names(one.optimizer))
+    for task in tasks[:2]:
+        one.learn(task.classes, task.train)
+    assert len(made) == 2 and all("parametrizations" in n for optimizer in made for n in names(optimizer))
+
+
 def test_ewc_is_the_quadratic_pull_of_each_parameter():
     layer = torch.nn.Linear(2, 1, bias=False)
     layer.weight.data.copy_(torch.tensor([[1.0, 2.0]]))

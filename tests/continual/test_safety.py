@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
 
-from nestlearn import OnlineLearner, RolledBack
+from nestlearn import OnlineLearner, RolledBack, online_levels
 from nestlearn.continual.learning import ALWAYS
-from tests.continual.models import MODELS, levels, llama, text
+from tests.continual.models import MODELS, hope, levels, llama, text
 
 
 def deltas(learner, level=0):
@@ -81,6 +82,29 @@ def test_what_is_not_finite_rolls_back_and_the_stream_goes_on(kind):
         later = learner.read(text(2, 36, seed=2))
     assert later[:, 1:].isfinite().all() and learner.state.changes(1)[-1].verdict == "applied"
     assert all(d.isfinite().all() for i in range(len(learner.levels)) for d in deltas(learner, i))
+
+
+def poisoned(state, row: int):
+    """The state with one stream's memory so large that all that is read with it overflows; it is finite itself."""
+    grown = torch.full((state.rows,), 1.0)
+    grown[row] = 1e30
+    context = state.context.map(lambda t: t * grown.view(-1, *[1] * (t.dim() - 1)) if t.is_floating_point() else t)
+    return replace(state, context=context)
+
+
+@pytest.mark.parametrize("lr", [0.5, 0.0])
+def test_a_memory_that_would_overflow_for_ever_starts_a_new_context(lr):
+    """What is restored after the first broken segment is the cause of the second; a stream that only reads, too."""
+    model = hope(mixer="titans", levels=[4])
+    learner = OnlineLearner(model, online_levels(model, lr=lr))
+    learner.read(text(2, 9))
+    learner.state = poisoned(learner.state, 1)
+    with pytest.warns(RolledBack, match="stream 1 starts a new context"):
+        losses = torch.cat([learner.read(text(2, 4, seed=i)) for i in range(1, 5)], dim=1)
+    assert losses[0].isfinite().all() and losses[1, -4:].isfinite().all() and not losses[1].isfinite().all()
+    expected = OnlineLearner(model, online_levels(model, lr=lr))
+    expected.read(text(2, 9))
+    assert (losses[0] - torch.cat([expected.read(text(2, 4, seed=i))[0] for i in range(1, 5)])).abs().max() <= 1e-5
 
 
 def test_without_spikes_no_second_copy_is_kept():

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from nestlearn.errors import UserError
 from nestlearn.memory import SelfModifyingConfig, SelfModifyingMemory
+from nestlearn.ops.inner_loop import storing
 from tests.memory.test_recompute import outcome
 from tests.memory.test_self_modifying import build, flat, scalar, tokens
 
@@ -99,7 +100,7 @@ def test_rows_at_different_places():
         assert torch.allclose(a, b, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("keep", [1, 3, 100, "sqrt"])
+@pytest.mark.parametrize("keep", [1, 3, 100, "sqrt", "all"])
 def test_keeping_fewer_states_changes_no_number(keep):
     settings = {"momentum": 0.6, "chunk": 8, "memory_chunk": 8, "target_norm": "l2", "scale": 0.8}
     auto, found = (outcome(build(**settings, keep_every=k)) for k in ("auto", keep))
@@ -107,17 +108,38 @@ def test_keeping_fewer_states_changes_no_number(keep):
         assert (found[name] - right).norm() <= 1e-12 * (1 + right.norm()), name
 
 
+def test_everything_kept_gives_the_same_bits_and_may_be_walked_twice():
+    memory = build(momentum=0.6, chunk=8, memory_chunk=8, target_norm="l2", scale=0.8)
+    x, query, value = tokens(2, LENGTH)
+
+    def gradients() -> list[Tensor]:
+        y: Tensor = memory(x, query, None, value)[0]
+        loss = y.square().sum()
+        first = torch.autograd.grad(loss, list(memory.parameters()), retain_graph=True, materialize_grads=True)
+        again = torch.autograd.grad(loss, list(memory.parameters()), materialize_grads=True)
+        assert all(map(torch.equal, first, again))
+        return list(first)
+
+    lean = gradients()
+    with storing():
+        assert all(map(torch.equal, lean, gradients()))
+
+
 def test_keeping_fewer_states_takes_less_memory():
-    def held(keep) -> int:
+    def held(keep, length=LENGTH) -> int:
         sizes = []
         memory = build(chunk=2, memory_chunk=2, keep_every=keep)
-        x, query, value = (t.requires_grad_() for t in tokens(2, LENGTH))
+        x, query, value = (t.requires_grad_() for t in tokens(2, length))
         with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.nbytes) or t, lambda t: t):
             memory(x, query, None, value)
         return sum(sizes)
 
     sizes = [held(keep) for keep in (1, 4, 16)]
-    assert sizes[0] > held("auto") == sizes[1] > sizes[2]
+    assert held("all") > sizes[0] > held("auto") == sizes[1] > sizes[2]
+    lean, whole = (held("auto", 16), held("all", 16))
+    with storing():  # the whole chunks of what is read: 14, and 8
+        assert held("auto") < held("all")
+        assert lean < held("auto", 16) == whole
     config = SelfModifyingConfig(2, 2, chunk=64, keep_every="sqrt")
     assert [config.kept_every(tokens) for tokens in (1, 64, 4096, 4097, 32768)] == [1, 1, 8, 8, 22]
 

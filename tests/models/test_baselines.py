@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 from transformers import Qwen3NextConfig
 from transformers.models.qwen3_next import modeling_qwen3_next as qwen
 
+from nestlearn import HopeConfig, HopeForCausalLM
 from nestlearn.memory.linear import LinearConfig, LinearMemory
 from nestlearn.memory.titans import TitansConfig
 from nestlearn.models.baselines import DeltaNetLayer, GatedDeltaNetLayer, RetNetLayer, TitansLayer, TTTLayer
@@ -111,7 +113,8 @@ def test_the_delta_nets_are_their_recurrent_form(kind):
 @torch.no_grad()
 @pytest.mark.parametrize("kind", [TitansLayer, TTTLayer])
 def test_the_deep_memories_are_their_objective(kind):
-    config = TitansConfig(HEAD, 6, HEADS, chunk=8, inner_norm=kind is TTTLayer)
+    laws = {"inner_norm": True} if kind is TTTLayer else {"bounded": True, "retain_to": "initial"}
+    config = TitansConfig(HEAD, 6, HEADS, chunk=8, **laws)
     made, x = layer(kind, conv_width=4, config=config), tokens()
 
     def gate(name: str, otherwise: float) -> Tensor:
@@ -127,7 +130,8 @@ def test_the_deep_memories_are_their_objective(kind):
         network = {"w1": initial.w1[head], "w2": initial.w2[head]}
         inner = norm and titans_oracle.Norm(norm.weight[head, 0], norm.bias[head, 0])
         given = (key, value, *(g[row, :, head] for g in gates), query)
-        return titans_oracle.run(given, network, 8, inner)[0] - query
+        ours = kind is TitansLayer
+        return titans_oracle.run(given, network, 8, inner, bounded=ours, anchored=ours)[0] - query
 
     def mix(*inputs: Tensor) -> Tensor:
         key, value, query = inputs if kind is TTTLayer else (F.silu(t) for t in inputs)
@@ -146,6 +150,23 @@ def test_titans_stays_bounded_on_a_constant_stream_at_its_largest_rate(bias):
     made.momentum_read.bias.fill_(bias)
     _, state = made(torch.randn(1, 1, WIDTH).expand(1, 2000, WIDTH))
     assert max(state.memory.w1.abs().max(), state.memory.w2.abs().max()) < 10
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("retain_to", ["initial", "zero"])
+def test_a_titans_model_reads_on_with_weights_that_no_free_step_could_bear(retain_to):
+    """Of a model, whose bound is on; with it off the same stream is not finite any more."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    model = HopeForCausalLM(HopeConfig(mixer="titans", memory={"chunk": 16, "retain_to": retain_to}, **sizes))
+    layer = next(m for m in model.modules() if isinstance(m, TitansLayer))
+    layer.rate_read.bias.fill_(10)
+    for initial in layer.memory.initial.parameters():
+        initial.mul_(8)
+    text = torch.randint(256, (1, 4)).repeat(1, 300)
+    assert layer.memory.config.retain_to == retain_to and model(text).logits.isfinite().all()
+    layer.memory.config = replace(layer.memory.config, bounded=False)
+    assert not model(text).logits.isfinite().all()
 
 
 @pure_torch

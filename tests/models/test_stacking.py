@@ -19,6 +19,7 @@ GROUPED = {**SMALL, "num_key_value_heads": 1, "head_dim": 8}
 GPT2 = {"vocab_size": 40, "n_embd": 16, "n_layer": 4, "n_head": 2, "n_positions": 32, "resid_pdrop": 0.0,
         "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}  # fmt: skip
 DISTIL = {"vocab_size": 40, "dim": 16, "hidden_dim": 24, "n_layers": 4, "n_heads": 2, "dropout": 0.0}
+MIXTRAL = {**GROUPED, "num_local_experts": 2}
 OPT = {"vocab_size": 40, "hidden_size": 16, "ffn_dim": 24, "num_hidden_layers": 4, "num_attention_heads": 2,
        "word_embed_proj_dim": 16, "max_position_embeddings": 32}  # fmt: skip
 MODELS = {
@@ -30,6 +31,8 @@ MODELS = {
     "gemma2": (hf.Gemma2ForCausalLM, hf.Gemma2Config, GROUPED),
     "gemma3": (hf.Gemma3ForCausalLM, hf.Gemma3TextConfig, GROUPED),
     "gpt2": (hf.GPT2LMHeadModel, hf.GPT2Config, GPT2),
+    "neox": (hf.GPTNeoXForCausalLM, hf.GPTNeoXConfig, SMALL),
+    "mixtral": (hf.MixtralForCausalLM, hf.MixtralConfig, MIXTRAL),
     "opt": (hf.OPTForCausalLM, hf.OPTConfig, OPT),
     "bert": (hf.BertForSequenceClassification, hf.BertConfig, {**SMALL, "num_labels": 3}),
     "distilbert": (hf.DistilBertForSequenceClassification, hf.DistilBertConfig, DISTIL),
@@ -252,12 +255,25 @@ def test_models_without_known_mlps_and_bad_settings_are_refused():
 def test_a_chain_that_cannot_be_leaves_the_model_as_it_was():
     with pytest.raises(UserError, match="cannot take"):
         stack_levels(build("opt"), PERIODS, by="chain")
-    model = build("gpt2")
-    model.transformer.h[2].mlp.dropout.p = 0.1
-    with pytest.raises(UserError, match="drops out with p=0.1"):
+    model, options = build("gpt2"), {"vocab_size": 40, "hidden_size": 16, "n_layer": 2, "n_head": 2}
+    model.transformer.h[2].mlp.other = nn.Parameter(torch.zeros(2, dtype=torch.long), requires_grad=False)
+    with pytest.raises(UserError, match="GPT2MLP.other is torch.int64"):
         stack_levels(model, PERIODS, by="chain")
-    assert model.state_dict().keys() == build("gpt2").state_dict().keys()
-    assert all(p.requires_grad for p in model.parameters())
+    assert not any("deltas" in name for name in model.state_dict())
+    assert all(p.requires_grad for p in model.parameters() if p.is_floating_point())
+    with pytest.raises(UserError, match=r"BloomMLP reads \['hidden_states', 'residual'\]"):
+        stack_levels(hf.BloomForCausalLM(hf.BloomConfig(**options)), PERIODS, by="chain")
+
+
+def test_a_chain_drops_nothing_out_and_gives_dropout_back():
+    model = hf.GPT2LMHeadModel(hf.GPT2Config(**{**GPT2, "resid_pdrop": 0.1, "embd_pdrop": 0, "attn_pdrop": 0})).eval()
+    before = logits(model)
+    with pytest.warns(UserWarning, match="GPT2MLP.dropout drops out with p=0.1: in a chain it does not"):
+        stack_levels(model, PERIODS, by="chain")
+    assert torch.equal(logits(model), before)
+    assert torch.equal(model.transformer.h[0].mlp.train()(IDS[..., None].float().expand(2, 12, 16)),
+                       model.transformer.h[0].mlp.eval()(IDS[..., None].float().expand(2, 12, 16)))  # fmt: skip
+    assert {block.mlp.dropout.p for block in unstack(model).transformer.h} == {0.1}
 
 
 def test_bfloat16_weights_learn_from_steps_too_small_for_them():

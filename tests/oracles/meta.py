@@ -20,13 +20,14 @@ from torch.nn import functional as F
 
 def loss(
     model: nn.Module, parameters: dict[str, Tensor], log_rates: Tensor, tokens: Tensor, levels: list[dict[str, Any]],
-    *, constant: bool = False, functional: bool = True,
+    *, constant: bool = False, functional: bool = True, nested: bool = False,
 ) -> Tensor:  # fmt: skip
     """Summed nats of tokens (T,), differentiable in parameters and log_rates.
 
     levels    dicts of period, names of weights, rule ("sgd" or "momentum"), decay, clip, retention, bound
     constant    inner gradients and contexts are constants: the first order
     functional  inner gradients by torch.func.grad, which takes no custom autograd.Function; else by torch.autograd
+    nested      each time that a level changes, all faster ones start again from it
     """
     cut: Callable[[Tensor], Tensor] = Tensor.detach if constant else (lambda t: t)
     deltas = [{n: torch.zeros_like(parameters[n]) for n in level["names"]} for level in levels]
@@ -77,6 +78,10 @@ def loss(
                 deltas[i][n] = moved * (cut(limit) / norm) if float(norm.detach()) > float(limit.detach()) else moved
                 pending[i][n] = torch.zeros_like(g)
             counts[i] = 0
+        changed = [i for i, level in enumerate(levels) if nested and end % level["period"] == 0]
+        for i in reversed(range(max(changed, default=0))):
+            deltas[i] = dict(zip(levels[i]["names"], deltas[i + 1].values(), strict=True))
+            memory[i] = {n: torch.zeros_like(parameters[n]) for n in levels[i]["names"]}
     return total
 
 

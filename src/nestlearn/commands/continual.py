@@ -23,8 +23,8 @@ def continual(
     train: int = 10,
     valid: int = 5,
     test: int = 30,
-    rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3),
-    tune_tasks: int = 3,
+    rates: tuple[float, ...] = (3e-5, 1e-4, 3e-4, 1e-3),
+    tune_tasks: Annotated[int | None, shown("N", "all")] = None,
     minutes: Annotated[float | None, shown("N", "until all is done")] = None,
 ) -> None:
     """Learn the classes of labelled texts task after task; what is kept, method by method, in one page.
@@ -45,7 +45,7 @@ def continual(
         valid: Validation texts of each class, at most.
         test: Test texts of each class, at most.
         rates: Learning rates to choose from, for each method.
-        tune_tasks: Choose the rates after so many tasks.
+        tune_tasks: Choose the rates after so many tasks; a rate that is best after few is too high for many.
         minutes: Stop after the run that is under way then.
     """
     import torch

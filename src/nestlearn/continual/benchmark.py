@@ -44,8 +44,8 @@ class Plan:
     valid: int | None = 5
     test: int | None = 30
     periods: tuple[int, ...] = (512, 2048)
-    rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3)
-    tune_tasks: int | None = 3
+    rates: tuple[float, ...] = (3e-5, 1e-4, 3e-4, 1e-3)
+    tune_tasks: int | None = None
     settings: Settings = field(default_factory=Settings)
 
 

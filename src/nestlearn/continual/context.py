@@ -87,5 +87,10 @@ def repair(new: Context, old: Context | None, finite: Tensor) -> Context:
     return new.map(lambda t: torch.where(_rows(finite, t), t, torch.nan_to_num(t, 0.0, 0.0, 0.0)))
 
 
+def finite_rows(context: Context) -> Tensor:
+    """Which rows (B,) hold nothing that is not finite."""
+    return torch.stack([torch.isfinite(t).reshape(len(t), -1).all(dim=1) for t in context.tensors()]).all(dim=0)
+
+
 def _rows(mask: Tensor, like: Tensor) -> Tensor:
     return mask.reshape(-1, *[1] * (like.dim() - 1))

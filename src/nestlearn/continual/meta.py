@@ -11,8 +11,9 @@
               copy of the state (Δ, the rule's memory, the context) for each piece.
 
 The inner rates are learned too: λ = log η of each level. In the first order ∂Δ/∂λ is carried forward beside Δ, so that
-a piece gives ∂L/∂λ += ⟨∇_Δ ℓ_k, ∂Δ_k/∂λ⟩. A level that is absent (lr 0, period inf) cuts nothing: without levels
-both orders are the ordinary gradient. There is no going back after a spike: training has its own guard.
+a piece gives ∂L/∂λ += ⟨∇_Δ ℓ_k, ∂Δ_k/∂λ⟩; a nested level, which restarts from a slower one, takes over that one's. A
+level that is absent (lr 0, period inf) cuts nothing: without levels both orders are the ordinary gradient. There is no
+going back after a spike: training has its own guard.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from nestlearn.continual import learning
 from nestlearn.continual.context import Context, read_cache, write_cache
 from nestlearn.continual.delta import Delta
 from nestlearn.continual.online_level import OnlineLevel, check_levels, find_linear, is_conv1d, online_levels
-from nestlearn.continual.plan import context_limit
+from nestlearn.continual.plan import check_shapes, context_limit
 from nestlearn.continual.seam import Whole, active, attach
 from nestlearn.continual.stream_state import LevelState, total_norm
 from nestlearn.errors import UserError, suggest
@@ -41,6 +42,7 @@ from nestlearn.models.hf import HopeForCausalLM
 
 ORDERS = ("first", "exact")
 ONCE = ("m3",)  # rules whose update is written in place, so that nothing can be differentiated through it
+Slopes = dict[int, tuple[Tensor, ...]]  # of one level: by each level's λ that it depends on, beside its tensors
 _TWICE = ("second derivative", "once_differentiable", "is not implemented", "modified by an inplace")
 
 
@@ -68,7 +70,7 @@ class MetaLearner:
     model      a Hugging Face causal language model with weights in float32 or float64
     levels     OnlineLevel objects, fastest first, whose lr is where the learned rates start; None: the model's own
     order      "first" or "exact", see above
-    context    as in OnlineLearner
+    connection, context   as in OnlineLearner
     log_rates  (n,) a parameter to learn the rates of the n active levels in; None: a new one, of the levels' lr
 
     Raises UserError for levels, rules or models that this cannot differentiate.
@@ -80,13 +82,14 @@ class MetaLearner:
         levels: Iterable[OnlineLevel] | None = None,
         *,
         order: str = "first",
+        connection: str = "sequential",
         context: float | None = None,
         log_rates: nn.Parameter | None = None,
     ) -> None:
         if order not in ORDERS:
             raise UserError(f"order is {order!r}, must be one of {list(ORDERS)}{suggest(str(order), ORDERS)}")
-        self.model, self.order = model, order
-        self._all = check_levels(online_levels(model) if levels is None else levels, "sequential")
+        self.model, self.order, self.connection = model, order, connection
+        self._all = check_levels(online_levels(model) if levels is None else levels, connection)
         self._levels = tuple(level for level in self._all if level.active)
         self._modules = {path: find_linear(model, path) for level in self._levels for path in level.weights}
         self._limit = context_limit(model, context)
@@ -117,7 +120,7 @@ class MetaLearner:
 
     def _first(self, tokens: Tensor, pieces: Sequence[_Piece], scale: float) -> Tensor:
         start, losses = self._begin(len(tokens)), []
-        slopes: list[tuple[Tensor, ...]] = [tuple(t.new_zeros(()) for t in s.tensors()) for s in start.levels]
+        slopes: list[Slopes] = [{} for _ in start.levels]
         count = tokens[:, 1:].numel()
         for piece in pieces:
             start = _leaves(start, deltas_only=True)
@@ -166,6 +169,8 @@ class MetaLearner:
             levels = [
                 self._stepped(i, s, self._rate(i, scale)) if i in piece.fired else s for i, s in enumerate(end.levels)
             ]
+            for i in self._restarting(piece):
+                levels[i] = learning.restarted(levels[i], levels[i + 1])
         end = _Start(tuple(levels), end.context)
         return each, end if graph else end.detach()
 
@@ -213,28 +218,42 @@ class MetaLearner:
             losses=0, steps=state.steps + 1,
         )  # fmt: skip
 
+    def _restarting(self, piece: _Piece) -> Iterable[int]:
+        """Nested: the levels that take over the next slower one's Δ at the end of a piece, the slowest first."""
+        return reversed(range(max(piece.fired, default=0))) if self.connection == "nested" else ()
+
     # Learned rates in the first order.
 
     def _stepped_with_slope(
-        self, start: _Start, slopes: list[tuple[Tensor, ...]], piece: _Piece, scale: float
-    ) -> tuple[_Start, list[tuple[Tensor, ...]]]:
-        """The changes, and beside every tensor of a level its derivative by that level's λ (forward mode)."""
+        self, start: _Start, slopes: list[Slopes], piece: _Piece, scale: float
+    ) -> tuple[_Start, list[Slopes]]:
+        """The changes, and beside every tensor of a level its derivatives (forward mode)."""
         levels, slopes = list(start.levels), list(slopes)
         for i in piece.fired:
-            with forward_ad.dual_level():
-                rate = self._rate(i, scale).detach()
-                dual = _with_slopes(levels[i], slopes[i])
-                after = self._stepped(i, dual, forward_ad.make_dual(rate, rate))  # dη/dλ = η
-                slopes[i] = tuple(_slope(t) for t in after.tensors())
-                levels[i] = after.map(lambda t: forward_ad.unpack_dual(t).primal.detach())
+            after, found = levels[i], {}
+            for j in {i, *slopes[i]}:
+                with forward_ad.dual_level():
+                    rate = self._rate(i, scale).detach()
+                    dual = _with_slopes(levels[i], slopes[i].get(j))
+                    # dη/dλ = η
+                    end = self._stepped(i, dual, forward_ad.make_dual(rate, rate) if i == j else rate)
+                    found[j] = tuple(_slope(t) for t in end.tensors())
+                    after = end.map(lambda t: forward_ad.unpack_dual(t).primal.detach())
+            levels[i], slopes[i] = after, found
+        for i in self._restarting(piece):
+            count = len(levels[i].deltas)  # a state's deltas are its first tensors; all else starts anew
+            levels[i] = learning.restarted(levels[i], levels[i + 1])
+            rest = tuple(t.new_zeros(()) for t in levels[i].tensors())[count:]
+            slopes[i] = {j: (*own[:count], *rest) for j, own in slopes[i + 1].items()}
         return _Start(tuple(levels), start.context), slopes
 
-    def _add_rate_gradient(self, levels: Sequence[LevelState], slopes: list[tuple[Tensor, ...]]) -> None:
+    def _add_rate_gradient(self, levels: Sequence[LevelState], slopes: list[Slopes]) -> None:
         """∂L/∂λ += ⟨∇_Δ L, ∂Δ/∂λ⟩."""
         found = torch.zeros_like(self.log_rates)
-        for i, (state, own) in enumerate(zip(levels, slopes, strict=True)):
-            for delta, slope in zip(state.deltas, own, strict=False):  # a state's deltas are its first tensors
-                found[i] += (_gradient(delta) * slope).sum()
+        for state, of_level in zip(levels, slopes, strict=True):
+            for j, own in of_level.items():
+                for delta, slope in zip(state.deltas, own, strict=False):
+                    found[j] += (_gradient(delta) * slope).sum()
         self.log_rates.grad = found if self.log_rates.grad is None else self.log_rates.grad + found
 
     def _rate(self, i: int, scale: float) -> Tensor:
@@ -279,6 +298,8 @@ class MetaLearner:
             if not isinstance(weight, nn.Parameter) or weight.dtype not in (torch.float32, torch.float64):
                 kind = getattr(weight, "dtype", None)
                 raise UserError(f"{path!r} has a weight of {kind}, must be float32 or float64: load the model so")
+        if self.connection == "nested":
+            check_shapes(self._levels, {path: tuple(_matrix(m).shape) for path, m in self._modules.items()})
         if self.order == "first":
             return
         for level in self._levels:
@@ -324,9 +345,9 @@ def _backward(loss: Tensor, end: _Start | None, after: Sequence[Tensor | None]) 
     torch.autograd.backward([loss, *(t for t, _ in pairs)], [torch.ones_like(loss), *(g for _, g in pairs)])
 
 
-def _with_slopes(state: LevelState, slopes: tuple[Tensor, ...]) -> LevelState:
-    """Dual numbers where a slope is known."""
-    own = iter(slopes)
+def _with_slopes(state: LevelState, slopes: tuple[Tensor, ...] | None) -> LevelState:
+    """Dual numbers where a slope is known; None: nowhere."""
+    own = iter(slopes or [t.new_zeros(()) for t in state.tensors()])
 
     def dual(t: Tensor) -> Tensor:
         slope = next(own)

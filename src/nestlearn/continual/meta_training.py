@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nestlearn.continual.meta import MetaLearner
-from nestlearn.continual.online_level import online_levels
+from nestlearn.continual.online_level import CONNECTIONS, check_connection, online_levels
 from nestlearn.data.batches import Batch
 from nestlearn.errors import UserError
 from nestlearn.memory.state import State
@@ -24,6 +24,7 @@ def meta_gradient(config: TrainConfig) -> Gradient | None:
     """For ``run_training``; None where the config trains as ever. UserError for periods that no sequence reaches."""
     if not config.meta:
         return None
+    check_connection(config.meta.get("connection", CONNECTIONS[0]), "meta.connection")
     for name, own in config.meta["levels"].items():
         period = own.get("period") if isinstance(own, dict) else None
         if isinstance(period, int | float) and period > config.sequence_length:
@@ -46,7 +47,10 @@ class MetaGradient:
         assert stream is None  # TrainConfig refuses carry_state with meta
         if self._learner is None or self._learner.model is not model:
             rates, order = model.inner_rates.log_rate, config.meta.get("order", ORDERS[0])
-            self._learner = MetaLearner(model, online_levels(model), order=order, log_rates=rates)
+            connection = config.meta.get("connection", CONNECTIONS[0])
+            self._learner = MetaLearner(
+                model, online_levels(model), order=order, connection=connection, log_rates=rates
+            )
         ids = torch.cat([batch.inputs, batch.targets[:, -1:]], dim=1)
         warmup = config.meta.get("warmup", META_WARMUP) * config.tokens
         seen = tokens + batch.inputs.numel()

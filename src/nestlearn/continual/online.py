@@ -26,17 +26,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nestlearn.continual import learning
-from nestlearn.continual.context import Context, read_cache, repair, write_cache
+from nestlearn.continual.context import Context, finite_rows, read_cache, repair, write_cache
 from nestlearn.continual.online_level import OnlineLevel, online_levels
 from nestlearn.continual.plan import make_plan
 from nestlearn.continual.seam import Deltas, active, adapted_cache, attach, gradients
 from nestlearn.continual.stream_state import HISTORY, VERDICTS, Mark, OnlineState, check_alike
 from nestlearn.errors import UserError
 from nestlearn.models.hf import HopeForCausalLM
+from nestlearn.ops.inner_loop import storing
 
 
 class RolledBack(UserWarning):
-    """A level of a stream went back to its last good state; the trace of the state records it too."""
+    """A level of a stream went back to its last good state, which the trace records too; or its context starts anew."""
 
 
 @dataclass
@@ -217,7 +218,7 @@ class OnlineLearner:
         if inputs.shape[1] == 0:
             return inputs.new_zeros(inputs.shape, dtype=torch.float32)
         tape = segment.tape or None
-        with torch.set_grad_enabled(tape is not None), active(segment.deltas, tape):
+        with torch.set_grad_enabled(tape is not None), active(segment.deltas, tape), storing():
             cache = write_cache(segment.context, self.model)
             out = self.model(input_ids=inputs, past_key_values=cache, use_cache=True)
             logits = out.logits.to(torch.promote_types(out.logits.dtype, torch.float32))
@@ -246,6 +247,8 @@ class OnlineLearner:
         context = None if segment.context is None else segment.context.detach()
         if segment.tape and segment.loss is not None:
             context = self._collect(segment, context)
+        elif segment.loss is not None and context is not None:
+            context = self._sound(context, torch.isfinite(segment.loss))
         now, limit = self._state.tokens, self._plan.context
         emptied = fire and limit != math.inf and now % limit == 0
         self._state = replace(self._state, context=None if emptied else context, open=self._state.open[:, :0])
@@ -265,8 +268,34 @@ class OnlineLearner:
             for level, state in zip(self.levels, self._state.levels, strict=True)
         ]
         self._state = replace(self._state, levels=tuple(levels))
-        old = cast(Any, self._state.context)
-        return context if bool(finite.all()) else repair(context, old, finite)
+        return self._sound(context, finite)
+
+    def _sound(self, context: Context, finite: Tensor) -> Context:
+        """The context after the open segment; of a row that is not finite, as it was before the segment.
+
+        What was repaired once and breaks down in the next segment, too, would do so for ever: a memory that is finite,
+        but so large that everything read with it overflows. Such a row starts a new context at this segment, and so
+        does one that only reads, since nothing else of it can change.
+        """
+        if bool(finite.all()):
+            return context
+        repaired = repair(context, cast(Any, self._state.context), finite)
+        known = self._state.trace[:, -1:, -1] == VERDICTS.index("not finite")
+        stuck = ~finite & (known.any(dim=1) if any(level.active for level in self.levels) else True)
+        if getattr(self.model, "state_grows", True) or not bool(stuck.any()):
+            return repaired
+        afresh = self._afresh()
+        stuck = stuck & finite_rows(afresh)
+        _warn_anew(stuck, self._state.tokens)
+        return repair(repaired, afresh, ~stuck)
+
+    @torch.no_grad()
+    def _afresh(self) -> Context:
+        """The context of a stream that begins with the open segment."""
+        assert self._state.last is not None
+        segment = _Segment(None, self._plan.in_use(self.model, self._state), {})
+        self._forward(segment, self._state.open, torch.cat([self._state.open[:, 1:], self._state.last], dim=1))
+        return cast(Context, segment.context)
 
     def _change(self, now: int) -> None:
         """Every level whose period ends at token ``now`` changes, fastest first; then nested levels restart."""
@@ -338,6 +367,16 @@ class OnlineLearner:
         finally:
             if training:
                 self.model.train()
+
+
+def _warn_anew(rows: Tensor, now: int) -> None:
+    for row in torch.nonzero(rows).flatten().tolist():
+        warnings.warn(
+            f"stream {row} starts a new context at token {now}: what the model keeps of it made all that follows not "
+            "finite",
+            RolledBack,
+            stacklevel=2,
+        )
 
 
 def _line(level: int, now: int, judged: learning.Judged) -> Tensor:

@@ -88,9 +88,7 @@ class OnlineLevel:
 def check_levels(levels: Iterable[OnlineLevel], connection: str) -> tuple[OnlineLevel, ...]:
     """Names unique, fastest first; nested periods are multiples of each other."""
     levels = tuple(levels)
-    if connection not in CONNECTIONS:
-        near = suggest(str(connection), CONNECTIONS)
-        raise UserError(f"connection is {connection!r}, must be one of {list(CONNECTIONS)}{near}")
+    check_connection(connection)
     if not levels or not all(isinstance(level, OnlineLevel) for level in levels):
         raise UserError(f"levels is {list(levels)!r}: give at least one OnlineLevel, or None for the model's own")
     names, periods = [level.name for level in levels], [level.period for level in levels]
@@ -101,6 +99,13 @@ def check_levels(levels: Iterable[OnlineLevel], connection: str) -> tuple[Online
     if connection == "nested":
         _check_nested(levels)
     return levels
+
+
+def check_connection(connection: str, name: str = "connection") -> None:
+    """UserError for one that does not exist."""
+    if connection not in CONNECTIONS:
+        near = suggest(str(connection), CONNECTIONS)
+        raise UserError(f"{name} is {connection!r}, must be one of {list(CONNECTIONS)}{near}")
 
 
 def _check_nested(levels: tuple[OnlineLevel, ...]) -> None:
@@ -131,6 +136,11 @@ def online_levels(model: nn.Module, **settings: Any) -> tuple[OnlineLevel, ...]:
     rate, made = settings.pop("lr", OnlineLevel.lr), []
     for level, names in _own_levels(model).items():
         own = tuple(linear[name] for name in names if name in linear)
+        if not own:
+            raise UserError(
+                f"level {level.name!r} of {type(model).__name__} has no linear module (nn.Linear, Conv1D) whose "
+                f"change a stream could hold; its weights are {list(names)[:2]}: give OnlineLevel objects of others"
+            )
         told = {"period": level.period, "lr": rate * level.lr_scale, **settings}
         made.append(OnlineLevel(level.name, weights=own, **told))
     return tuple(made)

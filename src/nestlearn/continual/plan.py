@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -105,7 +105,7 @@ def make_plan(model: nn.Module, levels: Iterable[OnlineLevel], connection: str, 
     paths = dict.fromkeys(path for level in levels for path in level.weights)
     weights = {path: _measure(find_linear(model, path)) for path in paths}
     if connection == "nested":
-        _check_shapes(levels, weights)
+        check_shapes(levels, {path: (weight.out, weight.into) for path, weight in weights.items()})
     limit = context_limit(model, context)
     return Plan(levels, connection, limit, weights, describe(levels, connection), fingerprint(model, paths))
 
@@ -146,8 +146,9 @@ def context_limit(model: nn.Module, context: float | None) -> float:
     return context
 
 
-def _check_shapes(levels: tuple[OnlineLevel, ...], weights: dict[str, Weight]) -> None:
-    shapes = [[(weights[path].out, weights[path].into) for path in level.weights] for level in levels]
+def check_shapes(levels: tuple[OnlineLevel, ...], sizes: Mapping[str, tuple[int, ...]]) -> None:
+    """UserError where nested levels cannot take over one another's Δ. sizes: (out, in) of each weight."""
+    shapes = [[sizes[path] for path in level.weights] for level in levels]
     if any(own != shapes[0] for own in shapes):
         raise UserError(
             f"nested levels have weights of the shapes {shapes}: a level restarts from the next slower, so all "

@@ -24,6 +24,7 @@ from nestlearn.continual.methods import Anchor, Method, add_low_rank, merge_low_
 from nestlearn.optim import Leveled, parameter_groups
 
 EVALUATED_AT_ONCE = 64
+HEAD = "classifier."  # how the names of the head's parameters begin
 
 
 @dataclass(frozen=True)
@@ -90,18 +91,19 @@ class Learner:
         self.anchor, self.store = Anchor(method.ewc), None
         self.tokens, self.seconds = 0, 0.0
         prepare(self.model, method, settings.trained)
-        self.optimizer = None if method.rank else self._optimizer()  # a low-rank change has one for each task
+        self.optimizer = self._optimizer(head_alone=method.rank > 0)  # a low-rank change has its own for each task
 
     def learn(self, classes: Sequence[int], texts: Encoded) -> None:
         """One task."""
         started = time.perf_counter()
         self.model.meet(classes)
         low_rank = add_low_rank(self.model, self.settings.trained, self.method.rank) if self.method.rank else []
-        optimizer = self.optimizer or self._optimizer()
+        own = self._optimizer(body_alone=True) if low_rank else None
+        optimizers = [optimizer for optimizer in (self.optimizer, own) if optimizer is not None]
         self._remember(classes, texts)
-        if optimizer is not None:
+        if optimizers:
             for batch in self._batches(texts):
-                self._step(optimizer, batch)
+                self._step(optimizers, batch)
         merge_low_rank(low_rank)
         self._remember(classes, texts)
         if self.method.ewc:
@@ -120,20 +122,24 @@ class Learner:
             answers[rows] = self.model(texts[rows]).argmax(1)
         return answers
 
-    def _optimizer(self) -> Leveled | None:
-        """Of all that ever changes by gradient; None where nothing does."""
+    def _optimizer(self, *, head_alone: bool = False, body_alone: bool = False) -> Leveled | None:
+        """Of all that ever changes by gradient, or of the head or all else alone; None where nothing does."""
         groups = [g for g in parameter_groups(self.model, lr=self.lr, weight_decay=0.0) if g["period"] != float("inf")]
         groups = [own for group in groups for own in _head_apart(group, self.settings.head_lr)]
+        excluded = {True: body_alone, False: head_alone}
+        groups = [group for group in groups if not excluded[group["param_names"][0].startswith(HEAD)]]
         return Leveled(partial(torch.optim.AdamW, weight_decay=0.0), groups) if groups else None
 
-    def _step(self, optimizer: Leveled, batch: Encoded) -> None:
-        optimizer.zero_grad()
+    def _step(self, optimizers: Sequence[Leveled], batch: Encoded) -> None:
+        for optimizer in optimizers:
+            optimizer.zero_grad()
         loss = F.cross_entropy(self.model(batch), batch.labels)
         if self.method.ewc:
             loss = loss + self.anchor.penalty(self.model)
         loss.backward()
         tokens = sum(len(h) for h in batch.hidden)
-        optimizer.step(tokens=tokens)
+        for optimizer in optimizers:
+            optimizer.step(tokens=tokens)
         self.tokens += tokens
 
     def _batches(self, texts: Encoded) -> Iterator[Encoded]:
@@ -186,7 +192,7 @@ def _head_apart(group: dict[str, Any], times: float) -> Iterator[dict[str, Any]]
     """A parameter group as up to two: what is not of the head, and the head's, which learns ``times`` as fast."""
     pairs = list(zip(group["param_names"], group["params"], strict=True))
     for of_head, rate in ((False, group["lr"]), (True, group["lr"] * times)):
-        own = [(name, p) for name, p in pairs if name.startswith("classifier.") == of_head]
+        own = [(name, p) for name, p in pairs if name.startswith(HEAD) == of_head]
         if own:
             yield group | {"lr": rate, "param_names": [n for n, _ in own], "params": [p for _, p in own]}
 

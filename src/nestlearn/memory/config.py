@@ -12,6 +12,7 @@ from nestlearn.memory.deep import WriteRule
 
 SLOW = ("k", "v", "eta", "alpha")
 READ = ("before", "after")
+KEEP = ("auto", "sqrt", "all")
 
 
 class Part(NamedTuple):
@@ -45,7 +46,8 @@ class SelfModifyingConfig:
     detach_writes         stop-gradient inner loop, an option for comparison
     recompute             lean backward pass; False stores everything and allows higher derivatives
     keep_every            the lean backward pass keeps the state of every n-th chunk and computes the others again:
-                          n >= 1, "auto" (4), or "sqrt", the root of the sequence's number of chunks: least memory
+                          n >= 1, "auto" (4), or "sqrt", the root of the sequence's number of chunks: least memory;
+                          "all" keeps everything and computes nothing again, not in compiled graphs or Triton's kernels
     truncate              None, or n >= 1: gradients through the state stop at every n-th chunk boundary of a stream
     """
 
@@ -101,9 +103,9 @@ class SelfModifyingConfig:
                 raise UserError(f"{name} is {value!r}, must be a whole number, at least 1")
         if self.truncate is not None and not _whole(self.truncate):
             raise UserError(f"truncate is {self.truncate!r}, must be None or a whole number of chunks, at least 1")
-        if self.keep_every not in ("auto", "sqrt") and not _whole(self.keep_every):
+        if self.keep_every not in KEEP and not _whole(self.keep_every):
             raise UserError(
-                f'keep_every is {self.keep_every!r}, must be "auto", "sqrt" or a whole number of chunks, at least 1'
+                f"keep_every is {self.keep_every!r}, must be a whole number of chunks, at least 1, or of {list(KEEP)}"
             )
         for name in ("rate_max", "slow_rate_scale", "w1_scale", "w2_scale"):
             if not 0 <= _number(name, getattr(self, name)) < math.inf:
@@ -118,10 +120,10 @@ class SelfModifyingConfig:
         return self.chunk if self.memory_chunk is None else self.memory_chunk
 
     def kept_every(self, tokens: int) -> int:
-        """keep_every for a sequence of so many tokens."""
+        """keep_every for a sequence of so many tokens, 0 for everything."""
         if self.keep_every == "sqrt":
             return max(1, math.isqrt(-(-tokens // self.chunk)))
-        return 4 if self.keep_every == "auto" else int(self.keep_every)
+        return {"auto": 4, "all": 0}[self.keep_every] if isinstance(self.keep_every, str) else self.keep_every
 
     @property
     def rule(self) -> WriteRule:

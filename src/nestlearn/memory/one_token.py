@@ -73,14 +73,12 @@ def one_token(state: FastState, inputs: Tensors, outer: Outer, config: SelfModif
 def _start(state: FastState, c: SelfModifyingConfig) -> Weights:
     """The weights at the start of each memory's chunk, for some of which it begins with this token.
 
-    On the CPU a look costs nothing and mostly spares two passes over the state; elsewhere it would stop the queue.
+    On the CPU a look costs little and mostly spares two passes over the state; elsewhere it would stop the queue.
     """
-    due, looks = (
-        _due(state.seen, len(state.names), c),
-        state.seen.device.type == "cpu" and not torch.compiler.is_compiling(),
-    )
-    if looks and not due.any():
+    looks = state.seen.device.type == "cpu" and not torch.compiler.is_compiling()
+    if looks and all(seen % c.chunk and seen % c.memory_length for seen in state.seen.tolist()):
         return Weights(state.start1, state.start2)
+    due = _due(state.seen, len(state.names), c)
     return Weights(torch.where(due, state.w1, state.start1), torch.where(due, state.w2, state.start2))
 
 

@@ -31,6 +31,8 @@ from nestlearn.models.attention import rotate
 from nestlearn.models.memory_layer import MemoryFrame
 from nestlearn.ops.pointwise import l2norm
 
+RETAIN_START = {"zero": 0.9999, "initial": (0.9999, 0.99)}  # Titans' α, by what it pulls to; spread over the heads
+
 
 @dataclass(frozen=True)
 class RotatedState(State):
@@ -93,15 +95,16 @@ class TitansLayer(MemoryFrame):
     """Titans' neural memory (LMM): θ, α and μ are sigmoids of the token; the frame takes the query off, as in HOPE.
 
     The step is explicit, a chunk sums its tokens' gradients, and momentum adds them up again: θ is at most
-    (1 − μ)/chunk, so that the largest step grows with neither. Retention pulls both layers to zero, where neither has
-    a gradient: α starts near 1.
+    (1 − μ)/chunk, so that the largest step grows with neither, and bounded by the curvature (`TitansConfig.bounded`).
+    Retention to zero takes both layers where neither has a gradient: α starts near 1. Retention to the initial weights
+    takes nothing away that was trained: the heads start with memories of many time scales.
     """
 
     def __init__(self, width: int, config: TitansConfig, *, conv_width: int, eps: float) -> None:
         super().__init__(width, config.heads, conv_width=conv_width, eps=eps)
         self.memory = TitansMemory(config)
         self.rate_read = ReadOut(config.heads, width, 0.5)
-        self.retain_read = ReadOut(config.heads, width, 0.9999)
+        self.retain_read = ReadOut(config.heads, width, RETAIN_START[config.retain_to])
         self.momentum_read = ReadOut(config.heads, width, 0.5)
 
     def _memorise(self, x: Tensor, key: Tensor, value: Tensor, query: Tensor, state: Any) -> tuple[Tensor, State]:

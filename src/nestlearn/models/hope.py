@@ -53,11 +53,12 @@ def delta_rule(kind: Callable[..., nn.Module]) -> Callable[[Shape], nn.Module]:
 
 
 def deep_memory(s: Shape, *, inner_norm: bool = False) -> TitansConfig:
-    """The baselines' MLP memory, of the sizes of HOPE's own."""
+    """The baselines' MLP memory, of the sizes of HOPE's own; with a layer norm, of TTT-MLP, which forgets nothing."""
     m = s.memory
-    return TitansConfig(
-        m.head_width, m.hidden_width, m.heads, m.memory_length, inner_norm=inner_norm, recompute=m.recompute
-    )
+    sizes = (m.head_width, m.hidden_width, m.heads, m.memory_length)
+    if inner_norm:
+        return TitansConfig(*sizes, inner_norm=True, recompute=m.recompute)
+    return TitansConfig(*sizes, retain_to=m.retain_to, bounded=True, recompute=m.recompute)
 
 
 def window_attention(s: Shape, *, persistent: int = 0) -> WindowAttention:

@@ -7,14 +7,18 @@
 
 A level passes on what it says beyond the pretrained MLP, and with Δ = 0 that is zero exactly, so the chain is the
 pretrained MLP bit for bit, in every dtype; the residual carries each level's words to the output, as in `continuum.py`.
-A level with the period inf has no Δ. Weight decay on Δ pulls towards the pretrained weights.
+A level with the period inf has no Δ. Weight decay on Δ pulls towards the pretrained weights. A chain drops nothing out:
+with a mask of its own each time, M[W](x) − M[W](x) would be noise.
 """
 
 from __future__ import annotations
 
 import copy
+import inspect
 import math
+import warnings
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +35,9 @@ class LevelChain(nn.Module):
         super().__init__()
         self.original, self.levels = original, tuple(levels)
         self.trained = {name: p.requires_grad for name, p in original.named_parameters()}  # for `give_back`
-        _refuse_dropout_and_integers(original)
+        _refuse_integers(original)
+        _refuse_more_inputs(original)
+        self.dropped = _without_dropout(original)
         self.deltas = nn.ModuleDict({level.name: _zeros(original) for level in levels if level.period != math.inf})
         original.requires_grad_(False)
 
@@ -58,6 +64,8 @@ class LevelChain(nn.Module):
         """The pretrained MLP, as trainable as it was."""
         for name, p in self.original.named_parameters():
             p.requires_grad_(self.trained[name])
+        for name, share in self.dropped.items():
+            cast(nn.Dropout, self.original.get_submodule(name)).p = share
         return self.original
 
 
@@ -70,13 +78,28 @@ def _zeros(original: nn.Module) -> nn.Module:
     return delta.requires_grad_(True)
 
 
-def _refuse_dropout_and_integers(original: nn.Module) -> None:
-    for name, module in original.named_modules():
-        if isinstance(module, nn.Dropout) and module.p > 0:
-            raise UserError(
-                f"{type(original).__name__}.{name} drops out with p={module.p}, so two levels of a chain would differ "
-                'by noise: set its p to 0, or use by="depth"'
-            )
+def _without_dropout(original: nn.Module) -> dict[str, float]:
+    """Turns dropout off; by the module's name, what it was."""
+    found = {n: m for n, m in original.named_modules() if isinstance(m, nn.Dropout) and m.p > 0}
+    shares = {name: module.p for name, module in found.items()}
+    for name, module in found.items():
+        warnings.warn(
+            f"{type(original).__name__}.{name} drops out with p={module.p}: in a chain it does not, since its levels "
+            'would differ by noise; by="depth" leaves it as it is',
+            stacklevel=2,
+        )
+        module.p = 0.0
+    return shares
+
+
+def _refuse_more_inputs(original: nn.Module) -> None:
+    wanted = [p for p in inspect.signature(original.forward).parameters.values() if p.default is p.empty]
+    names = [p.name for p in wanted if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    if len(names) > 1:
+        raise UserError(f'{type(original).__name__} reads {names}, but a chain hands on one tensor: use by="depth"')
+
+
+def _refuse_integers(original: nn.Module) -> None:
     for name, p in original.named_parameters():
         if not p.is_floating_point():
             raise UserError(

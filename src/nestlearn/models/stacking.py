@@ -9,7 +9,8 @@ Between steps the paces are `nestlearn.optim.Leveled`'s affair, which reads them
     stack_levels(model, periods=[512, 2048, 8192, math.inf])
     optimizer = Leveled(partial(torch.optim.AdamW, lr=1e-4), parameter_groups(model))
 
-The levels stand in ``model.config.nested_levels``, so that ``save_pretrained`` keeps them.
+The levels stand in ``model.config.nested_levels``, so that ``save_pretrained`` keeps them. It writes the weights under
+the names that they have in the model, which Hugging Face's loader takes too, not in the format of the first release.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ DEFAULT_PERIODS = (512, 2048, 8192, math.inf)
 BY = ("depth", "chain")
 _KEY = "nested_levels"  # in the model's config
 _METHODS = ("parameter_periods", "parameter_lr_scales")
+_GIVEN = (*_METHODS, "save_pretrained")
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -77,6 +79,7 @@ def stack_levels(
     setattr(_config(model), _KEY, settings)
     cast(Any, model).parameter_periods = MethodType(_periods, model)
     cast(Any, model).parameter_lr_scales = MethodType(_lr_scales, model)
+    cast(Any, model).save_pretrained = MethodType(_save, model)
     return model
 
 
@@ -89,7 +92,7 @@ def unstack(model: Model) -> Model:
         for block in find_mlps(model):
             chain_out(block, cast(LevelChain, block.modules[0]).give_back())
     delattr(_config(model), _KEY)
-    for name in _METHODS:
+    for name in _GIVEN:
         delattr(model, name)
     return model
 
@@ -160,6 +163,11 @@ def _chain(blocks: list[MLPBlock], levels: tuple[Level, ...]) -> None:
         for block in done:
             chain_out(block, cast(LevelChain, block.modules[0]).give_back())
         raise
+
+
+def _save(model: Any, *args: Any, **options: Any) -> Any:
+    """The model's own save_pretrained."""
+    return type(model).save_pretrained(model, *args, **{"save_original_format": False, **options})
 
 
 def _periods(model: nn.Module) -> dict[str, float]:

@@ -46,7 +46,8 @@ class LoopSpec(NamedTuple):
     momentum        μ in [0, 1);  rate_max  upper end of η
     normalise       whether v̂ is normalised;  anchored  retention towards the initial weights;  retention  False: α = 1
     after           y reads after the write of its own token
-    keep            the state is kept at every keep-th chunk, the backward pass computes the others again; 0: never
+    keep            the state is kept at every keep-th chunk, the backward pass computes the others again; 0: all that
+                    it needs is kept
     """
 
     names: tuple[str, ...]

@@ -1,19 +1,22 @@
 """The whole inner loop of a self-modifying memory over all its chunks, as one function with a backward pass by hand.
 
 `inner_chunk.py` has the mathematics of one chunk. Here its pieces are folded, cut and chained: only the state at every
-``keep``-th chunk is stored; the backward pass runs a group of chunks again from there and then walks it backwards. The
-gradients are exact; first derivatives only.
+``keep``-th chunk is stored; the backward pass runs a group of chunks again from there and then walks it backwards. Or
+all that it needs is stored and nothing is run twice. The gradients are exact, and the same; first derivatives only.
 
 Letters: B batch, H heads, T tokens, M memories, G written ones, d head width, h hidden width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from nestlearn.ops.first_order import first_order
 from nestlearn.ops.inner_chunk import Chunk, Frame, LoopSpec, StateGrads, Totals, chunk_back, run_chunk
@@ -50,15 +53,32 @@ class LoopTrained(NamedTuple):
     mix: Tensor | None = None
 
 
+STORED = 8  # chunks: longer pieces are run again even inside `storing`, since what is stored grows with them
+Pair = tuple[Tensor, Tensor]  # the folded state, see `_fold_state`
+_STORE: ContextVar[bool] = ContextVar("nestlearn_store_chunks", default=False)
+
+
+@contextmanager
+def storing() -> Iterator[None]:
+    """Loops inside of up to ``STORED`` chunks run none twice: for a short piece whose backward pass follows at once."""
+    token = _STORE.set(True)
+    try:
+        yield
+    finally:
+        _STORE.reset(token)
+
+
 def inner_loop(inputs: LoopInputs, state: LoopState, trained: LoopTrained, spec: LoopSpec) -> tuple[Tensor, LoopState]:
     """y (B, H, T, d) and the state after the last token; the first token begins a chunk, the last may be short."""
     if torch.compiler.is_compiling():
         from nestlearn.ops.inner_loop_op import inner_loop_op
 
-        return inner_loop_op(inputs, state, trained, spec)
+        return inner_loop_op(inputs, state, trained, spec._replace(keep=max(1, spec.keep)))
     if not torch.is_grad_enabled():
         y, after, _ = run_loop(inputs, state, trained, spec._replace(keep=0))
         return y, LoopState(*after)
+    if _STORE.get() and inputs.x.shape[2] <= STORED * spec.chunk:
+        spec = spec._replace(keep=0)
     y, *after = _InnerLoop.apply(spec, *inputs, *state, *trained)  # pyright: ignore[reportGeneralTypeIssues]
     return y, LoopState(*after)
 
@@ -66,16 +86,25 @@ def inner_loop(inputs: LoopInputs, state: LoopState, trained: LoopTrained, spec:
 class _InnerLoop(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, spec: LoopSpec, *tensors: Tensor) -> tuple[Tensor, ...]:
-        y, after, kept = run_loop(*parts(tensors), spec)
-        ctx.spec, ctx.given = spec, len(tensors)
-        ctx.save_for_backward(*tensors, *kept)
+        done: list[tuple[Pair, Chunk]] | None = None if spec.keep else []
+        y, after, kept = run_loop(*parts(tensors), spec, done)
+        stored, ctx.tree = tree_flatten(done)
+        ctx.places = [place for place, leaf in enumerate(stored) if isinstance(leaf, Tensor)]
+        ctx.plain = [None if isinstance(leaf, Tensor) else leaf for leaf in stored]
+        ctx.spec, ctx.given, ctx.kept = spec, len(tensors), len(kept)
+        ctx.save_for_backward(*tensors, *kept, *(stored[place] for place in ctx.places))
         return y, *after
 
     @staticmethod
     @first_order
     def backward(ctx: Any, dy: Tensor, *d_state: Tensor) -> tuple[Any, ...]:
         saved = ctx.saved_tensors  # once: under activation checkpointing each reading recomputes
-        return None, *loop_back(*parts(saved[: ctx.given]), saved[ctx.given :], dy, LoopState(*d_state), ctx.spec)
+        kept, stored = saved[ctx.given : ctx.given + ctx.kept], saved[ctx.given + ctx.kept :]
+        leaves = list(ctx.plain)
+        for place, leaf in zip(ctx.places, stored, strict=True):
+            leaves[place] = leaf
+        done = tree_unflatten(leaves, ctx.tree)
+        return None, *loop_back(*parts(saved[: ctx.given]), kept, dy, LoopState(*d_state), ctx.spec, done)
 
 
 def parts(tensors: Sequence[Tensor]) -> tuple[LoopInputs, LoopState, LoopTrained]:
@@ -84,9 +113,16 @@ def parts(tensors: Sequence[Tensor]) -> tuple[LoopInputs, LoopState, LoopTrained
 
 
 def run_loop(
-    inputs: LoopInputs, state: LoopState, trained: LoopTrained, spec: LoopSpec
+    inputs: LoopInputs,
+    state: LoopState,
+    trained: LoopTrained,
+    spec: LoopSpec,
+    done: list[tuple[Pair, Chunk]] | None = None,
 ) -> tuple[Tensor, tuple[Tensor, ...], list[Tensor]]:
-    """y, the state after, and the folded state at every ``keep``-th chunk, two tensors each."""
+    """y, the state after, and the folded state at every ``keep``-th chunk, two tensors each.
+
+    done  collects the state before each chunk and what happened in it
+    """
     batch, heads, length, width = inputs.x.shape
     frame = _frame(state, trained, spec, batch)
     pair = _fold_state(state, spec)
@@ -99,6 +135,8 @@ def run_loop(
         after = torch.empty_like(pair[0]), torch.empty_like(pair[1])
         out, last = run_chunk(_cut(inputs, piece), *pair, frame, *after)
         y[:, :, piece] = out.unflatten(0, (batch, heads))
+        if done is not None:
+            done.append((pair, last))
         pair = after
     assert last is not None
     return y, _unfold_state(state, pair, last, spec), kept
@@ -112,47 +150,48 @@ def loop_back(
     dy: Tensor,
     d_state: LoopState,
     spec: LoopSpec,
+    done: list[tuple[Pair, Chunk]] | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of everything given, in its order; None for initial weights that retention does not pull towards."""
+    """Gradients of everything given, in its order; None for initial weights that retention does not pull towards.
+
+    done  what `run_loop` collected; otherwise each group of chunks is run again from the state that was kept
+    """
     frame = _frame(state, trained, spec, len(inputs.x))
     totals = Totals.zeros(frame)
     grads, d_inputs = _fold_grads(d_state, spec), tuple(torch.empty_like(t) for t in inputs)
     pieces = _pieces(inputs.x.shape[2], spec.chunk)
-    for group in reversed(range(0, len(pieces), spec.keep)):
-        begin = group // spec.keep * 2
-        grads = _group_back(
-            inputs,
-            dy,
-            pieces[group : group + spec.keep],
-            (kept[begin], kept[begin + 1]),
-            grads,
-            frame,
-            totals,
-            d_inputs,
-        )
+    size = spec.keep or len(pieces)
+    for group in reversed(range(0, len(pieces), size)):
+        part, begin = pieces[group : group + size], group // size * 2
+        again = done if done is not None else _again(inputs, part, (kept[begin], kept[begin + 1]), frame)
+        grads = _walk_back(dy, part, again, grads, frame, totals, d_inputs)
     return *d_inputs, *_state_grads(grads, d_state, totals, spec), *_trained_grads(totals, trained)
 
 
-def _group_back(
-    inputs: LoopInputs,
+def _again(inputs: LoopInputs, pieces: list[slice], pair: Pair, frame: Frame) -> list[tuple[Pair, Chunk]]:
+    """Run a group of chunks from the state before it: the state before each, and what happened."""
+    done: list[tuple[Pair, Chunk]] = []
+    for piece in pieces:
+        after = torch.empty_like(pair[0]), torch.empty_like(pair[1])
+        done.append((pair, run_chunk(_cut(inputs, piece), *pair, frame, *after)[1]))
+        pair = after
+    return done
+
+
+def _walk_back(
     dy: Tensor,
     pieces: list[slice],
-    pair: tuple[Tensor, Tensor],
+    done: list[tuple[Pair, Chunk]],
     grads: StateGrads,
     frame: Frame,
     totals: Totals,
     d_inputs: tuple[Tensor, ...],
 ) -> StateGrads:
-    """Run a group of chunks again from the state that was kept, then walk it backwards."""
-    states, done = [pair], []
-    for piece in pieces:
-        states.append((torch.empty_like(pair[0]), torch.empty_like(pair[1])))
-        done.append(run_chunk(_cut(inputs, piece), *states[-2], frame, *states[-1])[1])
+    """Through a group of chunks backwards; what happened in each is dropped as soon as it was used."""
     batch, heads = dy.shape[:2]
-    states.pop()  # the end of the last chunk
     for piece in reversed(pieces):
-        local = dy[:, :, piece].flatten(0, 1)
-        found, grads = chunk_back(local, grads, done.pop(), states.pop(), frame, totals)
+        before, happened = done.pop()
+        found, grads = chunk_back(dy[:, :, piece].flatten(0, 1), grads, happened, before, frame, totals)
         for total, part in zip(d_inputs, found, strict=True):
             total[:, :, piece] = part.unflatten(0, (batch, heads))
     return grads

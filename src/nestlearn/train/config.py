@@ -15,7 +15,7 @@ from typing import Any
 from nestlearn.errors import UserError, suggest
 
 OPTIMIZERS = ("adamw", "muon", "m3", "delta_momentum", "dmgd")  # what they are: train/optimizers.py
-META, ORDERS = ("levels", "order", "warmup"), ("first", "exact")  # of levels in context: continual/meta.py
+META, ORDERS = ("levels", "order", "connection", "warmup"), ("first", "exact")  # levels in context: continual/meta.py
 META_WARMUP = 0.1  # of the inner rates
 _MULTIPLES = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "B": 10**9}
 
@@ -36,8 +36,8 @@ class TrainConfig:
     tokenizer  "bytes", a `tokenizers` JSON file or a Hugging Face folder
     optimizer  of the matrices, one of OPTIMIZERS; what is not a matrix is AdamW's
     meta       empty: ordinary training. Else the model is trained to learn in context (docs/continual.md): "levels",
-               as HopeConfig's in_context; "order", "first" or "exact"; "warmup", the share of all tokens in which the
-               inner rates rise from 0 to what they are learned from
+               as HopeConfig's in_context; "order", "first" or "exact"; "connection", as OnlineLearner has it; "warmup",
+               the share of all tokens in which the inner rates rise from 0 to what they are learned from
     optimizer_settings  its keyword arguments that differ from its defaults, e.g. {"slow_period": 32} for "m3"
 
     Raises UserError for a value of the wrong type or out of its range.
@@ -156,7 +156,7 @@ def parse_value(text: str) -> Any:
 
 
 def _check_meta(meta: Any) -> None:
-    _require(isinstance(meta, Mapping), "meta", meta, "a dictionary of levels, order and warmup")
+    _require(isinstance(meta, Mapping), "meta", meta, f"a dictionary of {', '.join(META)}")
     for key in meta:
         if key not in META:
             raise UserError(f"unknown key 'meta.{key}'{suggest(str(key), META)}: known are {', '.join(META)}")

@@ -91,7 +91,7 @@ def inner_loop(
     operands: torch.dtype = torch.float32,
     cu_seqlens: Sequence[int] | None = None,
 ) -> tuple[Tensor, LoopState]:
-    """As `ops.inner_loop.inner_loop`: y (B, H, T, d) and the state after the last token.
+    """As `ops.inner_loop.inner_loop`, but for keep 0, which is taken as 1: y (B, H, T, d) and the state after.
 
     operands    float32, or bfloat16: what products read; sums, states and decays are float32 either way
     cu_seqlens  0, ends of documents of any lengths lying one after another in one row: inputs are then (1, H, T, d),
@@ -99,6 +99,7 @@ def inner_loop(
 
     Inputs are float32 or bfloat16, the rest float32.
     """
+    spec = spec._replace(keep=max(1, spec.keep))
     y, *after = _InnerLoop.apply(spec, operands, cu_seqlens, *inputs, *state, *trained)  # pyright: ignore
     return y, LoopState(*after)
 
