@@ -1,5 +1,7 @@
 """All contenders are equally large, and are named as the user named them."""
 
+from dataclasses import replace
+
 import pytest
 
 from nestlearn.compare.contenders import count, enter, known_names, split_labels, with_shape
@@ -25,8 +27,9 @@ def test_a_dearer_mixer_has_a_narrower_mlp():
 
 
 def test_names_stand_for_mixers_and_levels():
+    base = replace(BASE, tokens=1024 * BASE.tokens_per_step)
     hope, attention, transformer, titans = (
-        HopeConfig(**enter(label, BASE, 80_000, 256).config.model)
+        HopeConfig(**enter(label, base, 80_000, 256).config.model)
         for label in ("hope", "hope_attention", "transformer", "titans")
     )
     steps = [BASE.tokens_per_step * n for n in (1, 4, 16)]
@@ -34,6 +37,13 @@ def test_names_stand_for_mixers_and_levels():
     assert (hope.mixer, attention.mixer) == ("self_modifying", "attention")
     assert len(transformer.levels) == len(titans.levels) == 1
     assert titans.mixer == "titans" and set(MIXER_NAMES) - set(known_names()) == {"self_modifying", "attention"}
+
+
+@pytest.mark.parametrize("steps, expected", [(5000, (1, 4, 16)), (300, (1, 4, 4)), (130, (1, 2, 2)), (10, (1, 1, 1))])
+def test_in_short_runs_slow_levels_step_more_often(steps, expected):
+    base = replace(BASE, tokens=steps * BASE.tokens_per_step)
+    levels = HopeConfig(**enter("hope", base, 80_000, 256).config.model).levels
+    assert [level["period"] / BASE.tokens_per_step for level in levels] == list(expected)
 
 
 def test_settings_of_a_label_reach_its_model_alone():

@@ -22,7 +22,10 @@ from nestlearn.train.build import build_model, hope_config
 from nestlearn.train.config import TrainConfig
 
 TOLERANCE = 0.02  # of the parameters asked for
-LEVEL_STEPS = (1, 4, 16)  # of the optimizer, between two steps of each of HOPE's levels; one MLP elsewhere
+# Of the optimizer, between two steps of each of HOPE's levels; one MLP elsewhere. In a short run slow levels step more
+# often, so that each steps this many times: a level that hardly learned would say nothing of HOPE.
+LEVEL_STEPS = {"fast": 1, "middle": 4, "slow": 16}
+FEWEST_STEPS = 64
 _DIVISIBLE = 2520  # by any number of levels up to ten
 
 
@@ -94,12 +97,16 @@ def named_model(name: str, base: TrainConfig) -> dict[str, Any]:
         raise UserError(f"--models names {name!r}{suggest(name, known)}: known are {', '.join(known)}")
     if mixer not in CONTINUUM_MIXERS:
         return base.model | {"mixer": mixer, "levels": [1]}
-    periods = [base.tokens_per_step * steps for steps in LEVEL_STEPS]
-    hope: dict[str, Any] = {"levels": periods} | base.model | {"mixer": mixer}
+    hope: dict[str, Any] = {"levels": _levels(base)} | base.model | {"mixer": mixer}
     if mixer == "self_modifying":
         head_width = hope["hidden_size"] // hope["num_attention_heads"]
         hope["memory"] = {"hidden_width": max(1, head_width // 2)} | (hope.get("memory") or {})
     return hope
+
+
+def _levels(base: TrainConfig) -> list[dict[str, Any]]:
+    slowest = max(1, base.tokens // base.tokens_per_step // FEWEST_STEPS)
+    return [{"name": name, "period": base.tokens_per_step * min(steps, slowest)} for name, steps in LEVEL_STEPS.items()]
 
 
 def with_shape(labels: Iterable[str], base: TrainConfig, params: int, vocab_size: int) -> TrainConfig:
