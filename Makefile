@@ -7,6 +7,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 ARGS ?=
+CPP := $(wildcard src/nestlearn/ops/native/*.h src/nestlearn/ops/native/*.cpp)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint format clean
@@ -14,8 +15,8 @@ ARGS ?=
 help:
 	@echo "make demo    train a HOPE language model on this machine and write a report (a few minutes)"
 	@echo "make test    run the whole test suite"
-	@echo "make lint    ruff, pyright and the import floors"
-	@echo "make format  let ruff rewrite the layout of the code"
+	@echo "make lint    ruff, clang-format, pyright and the import floors"
+	@echo "make format  let ruff and clang-format rewrite the layout of the code"
 	@echo "make clean   remove $(VENV)"
 
 demo: $(READY)
@@ -28,12 +29,14 @@ test: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 
 format: $(READY)
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(CPP)
 
 clean:
 	rm -rf $(VENV)

@@ -363,7 +363,8 @@ def test_doctor_checks_every_implementation(capsys, monkeypatch):
     out = capsys.readouterr().out
     assert "inner loop here: " in out and "limits of triton: " in out
     checks = {line.split()[0]: line for line in out.splitlines() if line.startswith("  ")}
-    assert set(checks) == {"reference", "torch", "triton"}
+    assert set(checks) == {"reference", "torch", "native", "triton"}
+    assert "ok: " in checks["native"] or "not available: no C++ compiler" in checks["native"]
     assert "ok: " in checks["reference"] and "ok: " in checks["torch"]
     assert "ok: " in checks["triton"] or "not available: " in checks["triton"]
     assert "NESTLEARN_KERNELS" not in os.environ

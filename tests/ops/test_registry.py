@@ -9,6 +9,7 @@ from nestlearn.errors import UserError
 from nestlearn.memory.self_modifying import SelfModifyingConfig, SelfModifyingMemory
 from nestlearn.ops import registry
 from nestlearn.ops.inner_loop import inner_loop
+from nestlearn.ops.native import loop as native
 from nestlearn.ops.registry import Task, choose, loop_for
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -25,11 +26,19 @@ def plain(monkeypatch):
     registry._said.cache_clear()
 
 
-def test_cpu_runs_the_torch_version_without_a_word():
+def test_cpu_runs_the_compiled_version_without_a_word():
+    if registry.native_missing():
+        pytest.skip(str(registry.native_missing()))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert loop_for(task()) is inner_loop
+        assert loop_for(task()) is native.inner_loop
     assert choose(task()).why == "first choice on cpu"
+
+
+def test_without_a_compiler_cpu_runs_the_torch_version_and_says_so(monkeypatch):
+    monkeypatch.setattr(registry, "native_missing", lambda: "no C++ compiler was found")
+    with pytest.warns(UserWarning, match="native: no C\\+\\+ compiler was found; it runs as 'torch'"):
+        assert loop_for(task()) is inner_loop
 
 
 def test_gpu_runs_triton_within_its_limits_once_that_is_the_first_choice(monkeypatch):
@@ -71,6 +80,8 @@ def test_what_only_the_reference_can_do_goes_there():
         ("triton", {}, "need a GPU, not cpu"),
         ("triton", {"device": GPU, "chunk": 200}, "chunk up to 128, not 200"),
         ("torch", {"only_steps": "detach_writes is True"}, "detach_writes is True"),
+        ("native", {"read": "after"}, "reads before the write only"),
+        ("native", {"device": GPU}, "runs on CPUs, not on cuda"),
         ("trito", {}, "did you mean 'triton'"),
     ],
 )
@@ -86,6 +97,7 @@ def test_forcing_changes_what_the_memory_runs(monkeypatch):
     memory, x = SelfModifyingMemory(config), torch.randn(1, 9, 2, 8)
     calls = []
     monkeypatch.setattr(registry, "inner_loop", lambda *given: calls.append("torch") or inner_loop(*given))
+    monkeypatch.setenv("NESTLEARN_KERNELS", "torch")
     plain, _ = memory(x, x)
     assert calls == ["torch", "torch"]  # the whole chunks, then the short one
     monkeypatch.setenv("NESTLEARN_KERNELS", "reference")

@@ -73,14 +73,17 @@ def inner_loop(inputs: LoopInputs, state: LoopState, trained: LoopTrained, spec:
     if torch.compiler.is_compiling():
         from nestlearn.ops.inner_loop_op import inner_loop_op
 
-        return inner_loop_op(inputs, state, trained, spec._replace(keep=max(1, spec.keep)))
+        return inner_loop_op(inputs, state, trained, spec._replace(keep=max(1, spec.keep)), in_cpp=False)
     if not torch.is_grad_enabled():
         y, after, _ = run_loop(inputs, state, trained, spec._replace(keep=0))
         return y, LoopState(*after)
-    if _STORE.get() and inputs.x.shape[2] <= STORED * spec.chunk:
-        spec = spec._replace(keep=0)
-    y, *after = _InnerLoop.apply(spec, *inputs, *state, *trained)  # pyright: ignore[reportGeneralTypeIssues]
+    y, *after = _InnerLoop.apply(stored(inputs, spec), *inputs, *state, *trained)  # pyright: ignore[reportGeneralTypeIssues]
     return y, LoopState(*after)
+
+
+def stored(inputs: LoopInputs, spec: LoopSpec) -> LoopSpec:
+    """What `storing` makes of ``spec`` for these inputs."""
+    return spec._replace(keep=0) if _STORE.get() and inputs.x.shape[2] <= STORED * spec.chunk else spec
 
 
 class _InnerLoop(torch.autograd.Function):

@@ -1,9 +1,10 @@
 """The inner loop as two operators that torch.compile takes whole: one node in its graph, whatever the number of chunks.
 
-    nestlearn::inner_loop(given, spec) -> y, the state after, the states kept        nestlearn::inner_loop_backward
+    nestlearn::inner_loop(given, spec) -> y, the state after, what is kept        nestlearn::inner_loop_backward
 
 An operator takes tensors and plain values, so the names travel as one text; its results share no memory with what it
-was given. Outside of compiled code `inner_loop.py` calls the same functions itself, without an operator's overhead.
+was given. It runs the loop in plain torch or in C++; outside of compiled code `inner_loop.py` and `native/loop.py` call
+the same functions themselves, without an operator's overhead.
 """
 
 from __future__ import annotations
@@ -15,21 +16,22 @@ from torch import Tensor
 
 from nestlearn.ops.inner_chunk import LoopSpec
 from nestlearn.ops.inner_loop import LoopInputs, LoopState, LoopTrained, loop_back, parts, run_loop
+from nestlearn.ops.native import loop as native
 
 # The fields of LoopSpec; a whole number may depend on a length that the compiler leaves open.
 SPEC = (
-    "str names, SymInt written, SymInt chunk, float momentum, float rate_max, bool normalise, bool anchored, "
-    "bool retention, bool after, SymInt keep"
+    "bool in_cpp, str names, SymInt written, SymInt chunk, float momentum, float rate_max, bool normalise, "
+    "bool anchored, bool retention, bool after, SymInt keep"
 )
-RESULTS = 5  # y and the four tensors of the state; two stacks of kept states follow
+RESULTS = 5  # y and the four tensors of the state; two stacks of kept states follow, or one tensor of the C++ loop
 
 
 def inner_loop_op(
-    inputs: LoopInputs, state: LoopState, trained: LoopTrained, spec: LoopSpec
+    inputs: LoopInputs, state: LoopState, trained: LoopTrained, spec: LoopSpec, *, in_cpp: bool
 ) -> tuple[Tensor, LoopState]:
     """As `inner_loop.inner_loop`."""
     given = [t for t in (*inputs, *state, *trained) if t is not None]  # λ, the last, may be missing
-    y, *after = _forward(given, ",".join(spec.names), *spec[1:])[:RESULTS]
+    y, *after = _forward(given, in_cpp, ",".join(spec.names), *spec[1:])[:RESULTS]
     return y, LoopState(*after)
 
 
@@ -38,36 +40,45 @@ def _spec(names: str, *others: Any) -> LoopSpec:
 
 
 @torch.library.custom_op("nestlearn::inner_loop", mutates_args=(), schema=f"(Tensor[] given, {SPEC}) -> Tensor[]")
-def _forward(given: list[Tensor], *spec: Any) -> list[Tensor]:
+def _forward(given: list[Tensor], in_cpp: bool, *spec: Any) -> list[Tensor]:
+    if in_cpp:
+        y, after, memory = native.run_loop(*parts(given), _spec(*spec))
+        return [y.contiguous(), *after, memory]
     y, after, kept = run_loop(*parts(given), _spec(*spec))
     return [y.contiguous(), *after, torch.stack(kept[::2]), torch.stack(kept[1::2])]
 
 
 @_forward.register_fake
-def _(given: list[Tensor], *spec: Any) -> list[Tensor]:
+def _(given: list[Tensor], in_cpp: bool, *spec: Any) -> list[Tensor]:
     constants, (x, _, _), state = _spec(*spec), given[:3], given[3:7]
+    results = [x.new_empty(x.shape), *(t.new_empty(t.shape) for t in state)]
+    if in_cpp:
+        return [*results, x.new_empty(native.kept_numbers(x.shape, state[0].shape, constants))]
     batch, memories, heads, d, h = state[0].shape
     chunks = (x.shape[2] + constants.chunk - 1) // constants.chunk
     stored = (chunks + constants.keep - 1) // constants.keep
     maps, double = constants.written * batch * heads, 2 if constants.momentum else 1
     kept = [x.new_empty(stored, maps, double * d, h), x.new_empty(stored, maps, double * h, d)]
-    return [x.new_empty(x.shape), *(t.new_empty(t.shape) for t in state), *kept]
+    return [*results, *kept]
 
 
 @torch.library.custom_op(
     "nestlearn::inner_loop_backward",
     mutates_args=(),
-    schema=f"(Tensor[] given, Tensor kept1, Tensor kept2, Tensor[] grads, {SPEC}) -> Tensor[]",
+    schema=f"(Tensor[] given, Tensor[] kept, Tensor[] grads, {SPEC}) -> Tensor[]",
 )
-def _backward(given: list[Tensor], kept1: Tensor, kept2: Tensor, grads: list[Tensor], *spec: Any) -> list[Tensor]:
+def _backward(given: list[Tensor], kept: list[Tensor], grads: list[Tensor], in_cpp: bool, *spec: Any) -> list[Tensor]:
     dy, *d_state = grads
-    kept = [t for pair in zip(kept1, kept2, strict=True) for t in pair]
-    found = loop_back(*parts(given), kept, dy, LoopState(*d_state), _spec(*spec))
+    if in_cpp:
+        found = native.loop_back(*parts(given), kept[0], dy, LoopState(*d_state), _spec(*spec))
+    else:
+        states = [t for pair in zip(*kept, strict=True) for t in pair]
+        found = loop_back(*parts(given), states, dy, LoopState(*d_state), _spec(*spec))
     return [torch.zeros_like(t) if g is None else g.contiguous() for g, t in zip(found, given, strict=False)]
 
 
 @_backward.register_fake
-def _(given: list[Tensor], kept1: Tensor, kept2: Tensor, grads: list[Tensor], *spec: Any) -> list[Tensor]:
+def _(given: list[Tensor], kept: list[Tensor], grads: list[Tensor], *spec: Any) -> list[Tensor]:
     return [t.new_empty(t.shape) for t in given]
 
 
@@ -80,7 +91,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
 def _differentiate(ctx: Any, grads: list[Tensor | None]) -> tuple[list[Tensor] | None, ...]:
     given, results = ctx.saved_tensors[: ctx.given], ctx.saved_tensors[ctx.given :]
     known = [torch.zeros_like(t) if g is None else g for g, t in zip(grads[:RESULTS], results, strict=False)]
-    return _backward(list(given), *results[RESULTS:], known, *ctx.spec), *(None for _ in ctx.spec)
+    return _backward(list(given), list(results[RESULTS:]), known, *ctx.spec), *(None for _ in ctx.spec)
 
 
 _forward.register_autograd(_differentiate, setup_context=_keep)

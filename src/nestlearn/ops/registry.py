@@ -1,6 +1,7 @@
 """Which implementation of the inner loop runs, and why.
 
     reference  chunk by chunk, differentiated by autograd (`dgd_chunk.py`): everything, higher derivatives too
+    native     the same in C++ (`native/`): CPUs with a C++ compiler, which is run once
     torch      all chunks as one function with a backward pass by hand (`inner_loop.py`): any device, float32, float64
     triton     the same as two GPU kernels (`kernels/`): on CPU only in Triton's interpreter, to test them
 
@@ -26,7 +27,7 @@ from nestlearn.errors import UserError, suggest
 from nestlearn.ops.inner_chunk import LoopSpec
 from nestlearn.ops.inner_loop import LoopInputs, LoopState, LoopTrained, inner_loop
 
-NAMES = ("reference", "torch", "triton")
+NAMES = ("reference", "torch", "native", "triton")
 VARIABLE = "NESTLEARN_KERNELS"
 # What the Triton kernels are written for: tiles of one head must find room in one multiprocessor.
 TRITON_LIMITS = {"head_width": 128, "hidden_width": 256, "chunk": 128}
@@ -99,6 +100,8 @@ def forcing(name: str) -> Iterator[None]:
 
 def preferred(device: torch.device) -> tuple[str, ...]:
     """In the order they are tried."""
+    if device.type == "cpu":
+        return ("native", "torch", "reference")
     return ("triton", "torch", "reference") if TRITON_FIRST and device.type == "cuda" else ("torch", "reference")
 
 
@@ -108,7 +111,25 @@ def limit_of(name: str, task: Task) -> str | None:
         return None
     if task.only_steps is not None:
         return task.only_steps
+    if name == "native":
+        return _native_limit(task)
     return _triton_limit(task) if name == "triton" else None
+
+
+def _native_limit(task: Task) -> str | None:
+    if task.device.type != "cpu":
+        return f"the C++ loop runs on CPUs, not on {task.device.type}"
+    if task.read == "after":
+        return "read is 'after', the C++ loop reads before the write only"
+    return native_missing()
+
+
+@torch.compiler.assume_constant_result  # compiled code asks when it is compiled
+def native_missing() -> str | None:
+    """Why the C++ loop cannot run here, None where it can; it is compiled when this is asked for the first time."""
+    from nestlearn.ops.native.build import missing
+
+    return missing()
 
 
 def _triton_limit(task: Task) -> str | None:
@@ -145,6 +166,10 @@ def loop_for(task: Task, *, quiet: bool = False) -> Loop | None:
         from nestlearn.ops.kernels.inner_loop import inner_loop as on_gpu
 
         return partial(on_gpu, operands=task.operands)
+    if choice.name == "native":
+        from nestlearn.ops.native.loop import inner_loop as on_cpu
+
+        return on_cpu
     return inner_loop if choice.name == "torch" else None
 
 

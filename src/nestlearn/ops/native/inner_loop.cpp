@@ -1,0 +1,268 @@
+// The whole inner loop on a CPU: each head of each row by itself, chunk after chunk. Called by loop.py.
+//
+// Only the state at every ``keep``-th chunk is kept; the backward pass runs a group of chunks again from there, writing
+// down what happened, and walks it backwards. Or, with keep 0, what happened in all chunks is written down at once.
+
+#include <cstdlib>
+#include <type_traits>
+
+#include "chunk_back.h"
+
+template <class T>
+struct View {  // (batch, heads, tokens, width), the last side without a gap
+    T* base;
+    int64_t row, head, token;
+    T* place(int64_t b, int64_t h, int64_t t) const { return base + b * row + h * head + t * token; }
+};
+
+template <class T>
+struct Given {
+    View<T> x, value, query;
+    T *w1, *w2, *m1, *m2;  // (batch, memories, heads, …)
+    T *initial1, *initial2, *scales, *rate_weight, *rate_bias, *retain_weight, *retain_bias, *mix;
+    T *kept, *records;
+};
+template <class T>
+struct After {
+    View<T> y;
+    T *w1, *w2, *m1, *m2;
+};
+template <class T>
+struct Back {
+    View<T> dy;
+    T *w1, *w2, *m1, *m2;  // gradients of the state after
+    View<T> dx, d_value, d_query;
+    T *d_w1, *d_w2, *d_m1, *d_m2;                                             // of the state before
+    T *initial1, *initial2;                                                   // (batch, written, heads, …)
+    T *scales, *rate_weight, *rate_bias, *retain_weight, *retain_bias, *mix;  // each with a batch in front
+};
+
+namespace {
+
+template <class T>
+T* scratch(int64_t count) {
+    struct Room {
+        T* base = nullptr;
+        int64_t size = 0;
+        ~Room() { std::free(base); }
+    };
+    static thread_local Room room;
+    if (count > room.size) {
+        std::free(room.base);
+        room.base = static_cast<T*>(std::aligned_alloc(64, (count * sizeof(T) + 63) / 64 * 64));
+        room.size = count;
+    }
+    return room.base;
+}
+
+// a (rows, columns) matrix into a padded one, transposed or not, zeros around it; and back
+template <class T>
+void load(int64_t rows, int64_t columns, const T* a, int64_t stride, int64_t padded_rows, int64_t padded, bool turned,
+          T* out) {
+    std::memset(out, 0, sizeof(T) * padded_rows * padded);
+    for (int64_t i = 0; i < rows; i++)
+        for (int64_t j = 0; j < columns; j++) out[turned ? j * padded + i : i * padded + j] = a[i * stride + j];
+}
+template <class T>
+void store(int64_t rows, int64_t columns, const T* a, int64_t padded, bool turned, T* out, int64_t stride) {
+    for (int64_t i = 0; i < rows; i++)
+        for (int64_t j = 0; j < columns; j++) out[i * stride + j] = a[turned ? j * padded + i : i * padded + j];
+}
+
+// One head of one row: where its numbers are, and its padded constants.
+template <class T>
+struct Program {
+    const Spec& spec;
+    const Given<T>& given;
+    int64_t b, h;
+    Size s;
+    Head<T> head;
+    Anchors<T> anchors[MOST_MEMORIES];
+    T *rate_read, *retain_read, *scales, *mix;
+
+    Program(const Spec& spec, const Given<T>& given, int64_t number, Layout<T>& room)
+        : spec(spec), given(given), b(number / spec.heads), h(number % spec.heads), s(spec.size()) {
+        rate_read = room.take(s.d), retain_read = room.take(s.d);
+        scales = room.take(spec.written), mix = room.take(spec.written);
+        if (spec.anchored)
+            for (int64_t g = 0; g < spec.written; g++)
+                for (T** p : {&anchors[g].t1, &anchors[g].t2, &anchors[g].p1, &anchors[g].p2})
+                    *p = room.take(s.weights());
+        if (!room.base) return;
+        const int64_t d = spec.width, u = spec.hidden;
+        load<T>(1, d, given.rate_weight + h * d, d, 1, s.d, false, rate_read);
+        load<T>(1, d, given.retain_weight + h * d, d, 1, s.d, false, retain_read);
+        for (int64_t g = 0; g < spec.written; g++) {
+            scales[g] = given.scales[g * spec.heads + h];
+            mix[g] = spec.mixed ? given.mix[g * spec.heads + h] : 0;
+            if (!spec.anchored) continue;
+            const int64_t at = ((spec.fixed() + g) * spec.heads + h) * d * u;
+            load<T>(d, u, given.initial1 + at, u, s.u, s.d, true, anchors[g].t1);
+            load<T>(u, d, given.initial2 + at, d, s.d, s.u, true, anchors[g].t2);
+            load<T>(d, u, given.initial1 + at, u, s.d, s.u, false, anchors[g].p1);
+            load<T>(u, d, given.initial2 + at, d, s.u, s.d, false, anchors[g].p2);
+        }
+        head = {rate_read, retain_read, scales, mix, given.rate_bias[h], given.retain_bias[h], anchors};
+    }
+    int64_t place(int64_t memory) const {
+        return ((b * spec.memories + memory) * spec.heads + h) * spec.width * spec.hidden;
+    }
+    void load_state(const T* w1, const T* w2, const T* m1, const T* m2, const State<T>& state) const {
+        const int64_t d = spec.width, u = spec.hidden;
+        for (int64_t m = 0; m < spec.memories; m++) {
+            load<T>(d, u, w1 + place(m), u, s.u, s.d, true, state.w1(m));
+            load<T>(u, d, w2 + place(m), d, s.d, s.u, true, state.w2(m));
+            load<T>(d, u, m1 + place(m), u, s.u, s.d, true, state.m1(m));
+            load<T>(u, d, m2 + place(m), d, s.d, s.u, true, state.m2(m));
+        }
+    }
+    void store_state(const State<T>& state, T* w1, T* w2, T* m1, T* m2) const {
+        const int64_t d = spec.width, u = spec.hidden;
+        for (int64_t m = 0; m < spec.memories; m++) {
+            store<T>(d, u, state.w1(m), s.d, true, w1 + place(m), u);
+            store<T>(u, d, state.w2(m), s.u, true, w2 + place(m), d);
+            store<T>(d, u, state.m1(m), s.d, true, m1 + place(m), u);
+            store<T>(u, d, state.m2(m), s.u, true, m2 + place(m), d);
+        }
+    }
+    int size(int64_t chunk) const {
+        const int64_t left = spec.length - chunk * spec.chunk;
+        return int(left < spec.chunk ? left : spec.chunk);
+    }
+    void read_in(const View<T>& view, int64_t chunk, T* out) const {
+        load<T>(size(chunk), spec.width, view.place(b, h, chunk * spec.chunk), view.token, s.c, s.d, false, out);
+    }
+    void write_out(const T* a, int64_t chunk, const View<T>& view) const {
+        store<T>(size(chunk), spec.width, a, s.d, false, view.place(b, h, chunk * spec.chunk), view.token);
+    }
+    // what happens in a chunk, into ``r``; the state before it too where it is held
+    void run(int64_t chunk, const State<T>& state, Record<T>& r, Scratch<T>& tmp, T* y, bool hold) const {
+        read_in(given.x, chunk, r.x), read_in(given.value, chunk, r.value), read_in(given.query, chunk, r.query);
+        r.size = size(chunk);
+        if (hold) std::memcpy(r.state.base, state.base, sizeof(T) * spec.kept_numbers());
+        run_chunk(spec, head, state, r, tmp, y, chunk == spec.chunks() - 1);
+    }
+};
+
+template <class T>
+int64_t record_numbers(const Spec& spec) {
+    Record<T> r;
+    return lay_out<T>(spec, nullptr, r);
+}
+
+// Twice: first to count what is needed, then on what was found.
+template <class T, class F>
+void twice(F use) {
+    Layout<T> room{nullptr};
+    use(room);
+    Layout<T> found{scratch<T>(room.used)};
+    use(found);
+}
+
+template <class T>
+void forward(const Spec& spec, const Given<T>& given, const After<T>& after, int64_t number) {
+    const Size s = spec.size();
+    const int64_t record = record_numbers<T>(spec), states = spec.state_numbers(), chunks = spec.chunks();
+    const int64_t kept = spec.kept_numbers();
+    twice<T>([&](Layout<T>& room) {
+        const Program<T> program(spec, given, number, room);
+        const State<T> state{room.take(states), spec.memories, s.weights()};
+        Scratch<T> tmp;
+        T* scratch = room.take(Scratch<T>::lay_out(s, nullptr, tmp));
+        T* y = room.take(s.c * s.d);
+        T* own = given.records ? nullptr : room.take(record);
+        if (!room.base) return;
+        Scratch<T>::lay_out(s, scratch, tmp);
+        program.load_state(given.w1, given.w2, given.m1, given.m2, state);
+        const int64_t groups = spec.keep > 0 ? (chunks + spec.keep - 1) / spec.keep : 0;
+        for (int64_t chunk = 0; chunk < chunks; chunk++) {
+            if (given.kept && chunk % spec.keep == 0)
+                std::memcpy(given.kept + (number * groups + chunk / spec.keep) * kept, state.base, sizeof(T) * kept);
+            Record<T> r;
+            lay_out(spec, own ? own : given.records + (number * chunks + chunk) * record, r);
+            program.run(chunk, state, r, tmp, y, !own);
+            program.write_out(y, chunk, after.y);
+        }
+        program.store_state(state, after.w1, after.w2, after.m1, after.m2);
+    });
+}
+
+template <class T>
+void backward(const Spec& spec, const Given<T>& given, const Back<T>& back, int64_t number) {
+    const Size s = spec.size();
+    const int64_t record = record_numbers<T>(spec), states = spec.state_numbers(), chunks = spec.chunks();
+    const int64_t kept = spec.kept_numbers();
+    const int64_t group = given.records ? chunks : spec.keep, groups = (chunks + group - 1) / group;
+    const int64_t d = spec.width, u = spec.hidden;
+    twice<T>([&](Layout<T>& room) {
+        const Program<T> program(spec, given, number, room);
+        const State<T> state{room.take(states), spec.memories, s.weights()};
+        const State<T> grads{room.take(states), spec.memories, s.weights()};
+        Scratch<T> tmp;
+        T* scratch = room.take(Scratch<T>::lay_out(s, nullptr, tmp));
+        BackScratch<T> b;
+        T* back_scratch = room.take(BackScratch<T>::lay_out(s, nullptr, b));
+        T *y = room.take(s.c * s.d), *dy = room.take(s.c * s.d);
+        T *dx = room.take(s.c * s.d), *d_value = room.take(s.c * s.d), *d_query = room.take(s.c * s.d);
+        Anchors<T> anchors[MOST_MEMORIES];
+        const int64_t begin = room.used;
+        if (spec.anchored)
+            for (int64_t g = 0; g < spec.written; g++)
+                for (T** p : {&anchors[g].t1, &anchors[g].t2}) *p = room.take(s.weights());
+        const Totals<T> totals{
+            anchors, room.take(s.d), room.take(s.d), room.take(spec.written), room.take(spec.written), room.take(2)};
+        const int64_t ending = room.used;
+        T* records = given.records ? given.records + number * chunks * record : room.take(group * record);
+        if (!room.base) return;
+        std::memset(room.base + begin, 0, sizeof(T) * (ending - begin));
+        Scratch<T>::lay_out(s, scratch, tmp), BackScratch<T>::lay_out(s, back_scratch, b);
+        program.load_state(back.w1, back.w2, back.m1, back.m2, grads);
+        Record<T> r;
+        for (int64_t first = (groups - 1) * group; first >= 0; first -= group) {
+            const int64_t beyond = first + group < chunks ? first + group : chunks;
+            if (!given.records) {
+                std::memcpy(state.base, given.kept + (number * groups + first / group) * kept, sizeof(T) * kept);
+                for (int64_t chunk = first; chunk < beyond; chunk++) {
+                    lay_out(spec, records + (chunk - first) * record, r);
+                    program.run(chunk, state, r, tmp, y, true);
+                }
+            }
+            for (int64_t chunk = beyond - 1; chunk >= first; chunk--) {
+                lay_out(spec, records + (chunk - first) * record, r);
+                r.size = program.size(chunk);
+                program.read_in(back.dy, chunk, dy);
+                chunk_back(spec, program.head, r, grads, totals, b, dy, dx, d_value, d_query, chunk == chunks - 1);
+                program.write_out(dx, chunk, back.dx), program.write_out(d_value, chunk, back.d_value);
+                program.write_out(d_query, chunk, back.d_query);
+            }
+        }
+        program.store_state(grads, back.d_w1, back.d_w2, back.d_m1, back.d_m2);
+        for (int64_t g = 0; g < spec.written; g++) {
+            const int64_t at = (program.b * spec.written + g) * spec.heads + program.h;
+            back.scales[at] = totals.scales[g];
+            if (spec.mixed) back.mix[at] = totals.mix[g];
+            if (!spec.anchored) continue;
+            store<T>(d, u, anchors[g].t1, s.d, true, back.initial1 + at * d * u, u);
+            store<T>(u, d, anchors[g].t2, s.u, true, back.initial2 + at * d * u, d);
+        }
+        store<T>(1, d, totals.rate_read, s.d, false, back.rate_weight + number * d, d);
+        store<T>(1, d, totals.retain_read, s.d, false, back.retain_weight + number * d, d);
+        back.rate_bias[number] = totals.biases[0], back.retain_bias[number] = totals.biases[1];
+    });
+}
+
+}  // namespace
+
+#define EXPORT(T, NAME)                                                                                          \
+    extern "C" void forward_##NAME(const Spec* spec, const Given<T>* given, const After<T>* after, int64_t from, \
+                                   int64_t to) {                                                                 \
+        for (int64_t i = from; i < to; i++) forward<T>(*spec, *given, *after, i);                                \
+    }                                                                                                            \
+    extern "C" void backward_##NAME(const Spec* spec, const Given<T>* given, const Back<T>* back, int64_t from,  \
+                                    int64_t to) {                                                                \
+        for (int64_t i = from; i < to; i++) backward<T>(*spec, *given, *back, i);                                \
+    }                                                                                                            \
+    extern "C" int64_t record_##NAME(const Spec* spec) { return record_numbers<T>(*spec); }
+
+EXPORT(float, float32)
+EXPORT(double, float64)

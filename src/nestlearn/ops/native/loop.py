@@ -1,0 +1,211 @@
+"""The inner loop of a self-modifying memory in C++: the twin of `ops/inner_loop.py` on CPUs.
+
+One program takes one head of one row through all its chunks and memories; what it works on stays in the core's caches,
+where plain torch passes whole batches through memory between any two operations. Only the entries below the diagonal of
+a chunk's matrices are computed, and its systems are solved by substitution. Programs need no word from one another, so
+results do not depend on the batch or the number of threads. Threads are Python's: the library holds no lock of theirs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nestlearn.ops.first_order import first_order
+from nestlearn.ops.inner_chunk import LoopSpec
+from nestlearn.ops.inner_loop import LoopInputs, LoopState, LoopTrained, parts, stored
+from nestlearn.ops.native.build import library
+
+NUMBERS = (
+    "batch", "heads", "length", "memories", "written", "width", "hidden", "chunk", "keep", "key", "value", "rate",
+    "retain", "query", "retention", "normalise", "anchored", "mixed",
+)  # fmt: skip
+ENDS = ("w1", "w2", "m1", "m2")
+TRAINED = ("initial1", "initial2", "scales", "rate_weight", "rate_bias", "retain_weight", "retain_bias", "mix")
+
+
+class Spec(ctypes.Structure):
+    """As in record.h."""
+
+    _fields_ = [(name, ctypes.c_int64) for name in NUMBERS] + [(n, ctypes.c_double) for n in ("momentum", "rate_max")]
+
+
+class View(ctypes.Structure):
+    """As in inner_loop.cpp."""
+
+    _fields_ = [("base", ctypes.c_void_p), *((name, ctypes.c_int64) for name in ("row", "head", "token"))]
+
+    @classmethod
+    def of(cls, t: Tensor) -> View:
+        return cls(t.data_ptr(), *t.stride()[:3])
+
+
+def _structure(name: str, views: Sequence[str], pointers: Sequence[str], more: Sequence[tuple[str, Any]] = ()) -> Any:
+    fields = [*((n, View) for n in views), *((n, ctypes.c_void_p) for n in pointers), *more]
+    return type(name, (ctypes.Structure,), {"_fields_": fields})
+
+
+Given = _structure("Given", ("x", "value", "query"), (*ENDS, *TRAINED, "kept", "records"))
+After = _structure("After", ("y",), ENDS)
+GRADIENTS = ("dx", "d_value", "d_query")
+MORE = [
+    *((name, View) for name in GRADIENTS),
+    *((name, ctypes.c_void_p) for name in (*(f"d_{n}" for n in ENDS), *TRAINED)),
+]
+Back = _structure("Back", ("dy",), ENDS, MORE)
+
+
+def inner_loop(inputs: LoopInputs, state: LoopState, trained: LoopTrained, spec: LoopSpec) -> tuple[Tensor, LoopState]:
+    """As `ops.inner_loop.inner_loop`."""
+    if torch.compiler.is_compiling():
+        from nestlearn.ops.inner_loop_op import inner_loop_op
+
+        return inner_loop_op(inputs, state, trained, spec._replace(keep=max(1, spec.keep)), in_cpp=True)
+    if not torch.is_grad_enabled():
+        y, after, _ = run_loop(inputs, state, trained, spec._replace(keep=1), kept=False)
+        return y, LoopState(*after)
+    y, *after = _InnerLoop.apply(stored(inputs, spec), *inputs, *state, *trained)  # pyright: ignore[reportGeneralTypeIssues]
+    return y, LoopState(*after)
+
+
+class _InnerLoop(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, spec: LoopSpec, *tensors: Tensor) -> tuple[Tensor, ...]:
+        y, after, kept = run_loop(*parts(tensors), spec)
+        ctx.spec = spec
+        ctx.save_for_backward(*tensors, kept)
+        return y, *after
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, dy: Tensor, *d_state: Tensor) -> tuple[Any, ...]:
+        *tensors, kept = ctx.saved_tensors
+        return None, *loop_back(*parts(tensors), kept, dy, LoopState(*d_state), ctx.spec)
+
+
+def run_loop(
+    inputs: LoopInputs, state: LoopState, trained: LoopTrained, spec: LoopSpec, *, kept: bool = True
+) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
+    """y, the state after, and what the backward pass starts from: the state at every ``keep``-th chunk, or all."""
+    call = _Call(inputs, state, trained, spec)
+    if spec.keep:
+        numbers = kept_numbers(inputs.x.shape, state.w1.shape, spec) if kept else 0
+    else:
+        numbers = call.record_numbers()
+    memory = inputs.x.new_empty(numbers)
+    call.point_to(memory)
+    batch, heads, length, width = inputs.x.shape
+    y = inputs.x.new_empty(batch, length, heads, width).transpose(1, 2)
+    after = tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in state)
+    call.run("forward", After(View.of(y), *(t.data_ptr() for t in after)))
+    return y, after, memory
+
+
+def loop_back(
+    inputs: LoopInputs,
+    state: LoopState,
+    trained: LoopTrained,
+    kept: Tensor,
+    dy: Tensor,
+    d_state: LoopState,
+    spec: LoopSpec,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of everything given, in its order; None for initial weights that retention does not pull towards."""
+    call = _Call(inputs, state, trained, spec)
+    call.point_to(kept)
+    batch, written = len(dy), spec.written
+    dy, d_after = _dense(dy), [t.contiguous() for t in d_state]
+    d_inputs = [dy.new_empty(t.transpose(1, 2).shape).transpose(1, 2) for t in inputs]
+    d_before = [torch.empty_like(t) for t in d_after]
+    d_initial = [t.new_empty(batch, *t[-written:].shape) if call.anchored else None for t in trained[:2]]
+    others = [None if t is None else t.new_empty(batch, *t.shape) for t in trained[2:]]
+    pointers = [None if t is None else t.data_ptr() for t in (*d_initial, *others)]
+    call.run(
+        "backward",
+        Back(
+            View.of(dy), *(t.data_ptr() for t in d_after), *map(View.of, d_inputs), *(t.data_ptr() for t in d_before),
+            *pointers,
+        ),
+    )  # fmt: skip
+    anchors: list[Tensor | None] = [None, None]
+    for place, (found, like) in enumerate(zip(d_initial, trained[:2], strict=True)):
+        if found is not None:
+            whole = torch.zeros_like(like)
+            whole[-written:] = found.sum(0)
+            anchors[place] = whole
+    return *d_inputs, *d_before, *anchors, *(None if t is None else t.sum(0) for t in others)
+
+
+def kept_numbers(inputs: Sequence[int], weights: Sequence[int], spec: LoopSpec) -> int:
+    """How many numbers keep the states, for inputs (B, H, T, d) and w1 (B, M, H, d, h)."""
+    (batch, heads, length, width), hidden = inputs, weights[-1]
+    padded = (width + 15) // 16 * 16 * ((hidden + 15) // 16 * 16)
+    chunks = (length + spec.chunk - 1) // spec.chunk
+    groups = (chunks + spec.keep - 1) // spec.keep
+    return batch * heads * groups * (4 if spec.momentum else 2) * len(spec.names) * padded
+
+
+class _Call:
+    """One problem as C++ sees it. Holds the tensors whose memory it points to."""
+
+    def __init__(self, inputs: LoopInputs, state: LoopState, trained: LoopTrained, spec: LoopSpec) -> None:
+        batch, heads, length, width = inputs.x.shape
+        self.anchored, self.dtype = spec.anchored and spec.retention, inputs.x.dtype
+        place = {name: number for number, name in enumerate(spec.names)}
+        self.programs, self.all_kept = batch * heads, spec.keep == 0
+        self.spec = Spec(
+            batch, heads, length, len(spec.names), spec.written, width, state.w1.shape[-1], spec.chunk, spec.keep,
+            place["k"], place["v"], place["eta"], place["alpha"], place.get("q", -1), spec.retention, spec.normalise,
+            self.anchored, trained.mix is not None, spec.momentum, spec.rate_max,
+        )  # fmt: skip
+        self.held = [*map(_dense, inputs), *(None if t is None else t.contiguous() for t in (*state, *trained))]
+        views, pointers = self.held[:3], [None if t is None else t.data_ptr() for t in self.held[3:]]
+        self.given = Given(*map(View.of, views), *pointers, None, None)
+
+    def record_numbers(self) -> int:
+        """How many numbers hold all that happens."""
+        chunks = -(-self.spec.length // self.spec.chunk)
+        return self.programs * chunks * int(self._function("record", ctypes.c_int64)(ctypes.byref(self.spec)))
+
+    def point_to(self, memory: Tensor) -> None:
+        """Where the states, or everything, is kept; nowhere if it has no numbers."""
+        self.held.append(memory)
+        place = memory.data_ptr() if memory.numel() else None
+        self.given.records, self.given.kept = (place, None) if self.all_kept else (None, place)
+
+    def run(self, name: str, results: Any) -> None:
+        """All programs, dealt out to torch's number of threads."""
+        function = self._function(name, None)
+        workers = min(torch.get_num_threads(), self.programs)
+        edges = [self.programs * i // workers for i in range(workers + 1)]
+        given = [ctypes.byref(t) for t in (self.spec, self.given, results)]
+
+        def part(begin: int, end: int) -> None:
+            function(*given, ctypes.c_int64(begin), ctypes.c_int64(end))
+
+        if workers == 1:
+            return part(0, self.programs)
+        list(_pool(os.getpid(), workers).map(part, edges[:-1], edges[1:]))
+
+    def _function(self, name: str, result: Any) -> Callable[..., Any]:
+        function = getattr(library(), f"{name}_{str(self.dtype).removeprefix('torch.')}")
+        function.restype = result
+        return function
+
+
+def _dense(t: Tensor) -> Tensor:
+    """With numbers of a token side by side."""
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
+@cache
+def _pool(process: int, workers: int) -> ThreadPoolExecutor:
+    """Threads of this process: a fork has none of its parent's."""
+    return ThreadPoolExecutor(workers, thread_name_prefix=f"nestlearn-{process}")

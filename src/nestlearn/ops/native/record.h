@@ -1,0 +1,130 @@
+// What is known of one problem, and what a chunk's backward pass needs of its forward pass.
+//
+// Every state is held transposed, w1ᵀ (U, D) and w2ᵀ (D, U), as the products of a chunk read it.
+//
+// Letters: C tokens of a chunk, D head width, U hidden width, all padded.
+
+#pragma once
+
+#include "tiles.h"
+
+constexpr int MOST_MEMORIES = 6;  // k, v, η, α, q, memory
+
+struct Size {
+    int c, d, u;
+    int weights() const { return d * u; }
+};
+
+// Numbers of one problem, the same for all chunks; mirrored by loop.py.
+struct Spec {
+    int64_t batch, heads, length, memories, written, width, hidden, chunk, keep;
+    int64_t key, value, rate, retain, query;  // places of the slow memories; query −1: as given
+    int64_t retention, normalise, anchored, mixed;
+    double momentum, rate_max;
+    Size size() const {
+        auto up = [](int64_t n) { return int((n + PAD - 1) / PAD * PAD); };
+        return {up(chunk), up(width), up(hidden)};
+    }
+    int64_t chunks() const { return (length + chunk - 1) / chunk; }
+    int64_t fixed() const { return memories - written; }
+    // one head's weights and momenta, in the padded, transposed form
+    int64_t state_numbers() const { return 4 * memories * size().weights(); }
+    // of these, first, what a chunk needs of the state before it: without momentum, the weights
+    int64_t kept_numbers() const { return (momentum ? 4 : 2) * memories * size().weights(); }
+};
+
+template <class T>
+struct State {  // of one head, all memories
+    T* base;
+    int64_t memories;
+    int weights;
+    T* w1(int64_t m) const { return base + m * weights; }
+    T* w2(int64_t m) const { return base + (memories + m) * weights; }
+    T* m1(int64_t m) const { return base + (2 * memories + m) * weights; }
+    T* m2(int64_t m) const { return base + (3 * memories + m) * weights; }
+};
+
+template <class T>
+struct Anchors {  // what retention pulls towards, of the written memories, transposed; and both as they are
+    T *t1, *t2, *p1, *p2;
+};
+
+// A map applied: its input, a = σ(z) and σ'(z).
+template <class T>
+struct Applied {
+    T *given, *hidden, *slope;
+};
+
+// One written memory in one chunk: what its backward pass needs.
+template <class T>
+struct Written {
+    T *z, *hidden, *slope, *free2, *leak2, *free1, *leak1, *image;
+    Applied<T> target;
+    T *wanted, *inverse, *error, *pulled, *error2, *gain1, *gain2, *reads1, *reads2, *erased1, *erased2, *updates1,
+        *updates2, *gram1, *solve1, *write1;
+};
+
+template <class T>
+struct Read {  // y of the last memory
+    T *out2, *inner, *slope, *products2, *products1, *free2, *leak2, *free1, *leak1;
+};
+
+template <class T>
+struct Record {      // one chunk
+    State<T> state;  // at its start, where it is held
+    T *x, *value, *query;
+    Applied<T> key, content, rate, retain, asked;
+    T *k, *k_inverse, *v, *q, *q_inverse, *opened, *closed, *alpha, *own;
+    T *kept, *leak, *ratio, *moment, *retain_end, *moment_end, *power_end, *gram, *solve, *write;
+    T* ends;  // γ_C, w0_C, μ^C
+    Written<T> memory[MOST_MEMORIES];
+    Read<T> read;
+    int size;
+};
+
+// Lays out arrays one after another; from a null start it only counts.
+template <class T>
+struct Layout {
+    T* base;
+    int64_t used = 0;
+    T* take(int64_t count) {
+        T* place = base ? base + used : nullptr;
+        used += (count + PAD - 1) / PAD * PAD;
+        return place;
+    }
+};
+
+template <class T>
+int64_t lay_out(const Spec& spec, T* base, Record<T>& r) {
+    const Size s = spec.size();
+    const int64_t cd = int64_t(s.c) * s.d, cu = int64_t(s.c) * s.u, cc = int64_t(s.c) * s.c;
+    Layout<T> a{base};
+    r.state = {a.take(spec.kept_numbers()), spec.memories, s.weights()};
+    for (T** p : {&r.x, &r.value, &r.query, &r.k, &r.v, &r.q}) *p = a.take(cd);
+    for (Applied<T>* m : {&r.key, &r.content, &r.rate, &r.retain, &r.asked})
+        m->hidden = a.take(cu), m->slope = a.take(cu);
+    r.key.given = r.rate.given = r.retain.given = r.x;
+    r.content.given = r.value, r.asked.given = r.query;
+    for (T** p : {&r.k_inverse, &r.q_inverse, &r.opened, &r.closed, &r.alpha, &r.own, &r.kept, &r.leak, &r.retain_end,
+                  &r.moment_end, &r.power_end, &r.ends})
+        *p = a.take(s.c);
+    for (T** p : {&r.ratio, &r.gram, &r.solve}) *p = a.take(cc);
+    r.moment = spec.momentum ? a.take(cc) : r.ratio;
+    r.write = spec.momentum ? a.take(cc) : r.solve;
+    for (int64_t g = 0; g < spec.written; g++) {
+        Written<T>& w = r.memory[g];
+        for (T** p : {&w.z, &w.hidden, &w.slope, &w.free2, &w.leak2, &w.target.hidden, &w.target.slope, &w.pulled,
+                      &w.error2, &w.reads2, &w.erased2, &w.updates2})
+            *p = a.take(cu);
+        for (T** p : {&w.free1, &w.leak1, &w.wanted, &w.error, &w.reads1, &w.erased1, &w.updates1}) *p = a.take(cd);
+        w.image = spec.mixed ? a.take(cd) : nullptr;
+        for (T** p : {&w.inverse, &w.gain1, &w.gain2}) *p = a.take(s.c);
+        w.gram1 = a.take(cc), w.solve1 = a.take(cc);
+        w.write1 = spec.momentum ? a.take(cc) : w.solve1;
+        w.target.given = r.v;
+    }
+    for (T** p : {&r.read.out2, &r.read.inner, &r.read.slope, &r.read.free2, &r.read.leak2}) *p = a.take(cu);
+    for (T** p : {&r.read.free1, &r.read.leak1}) *p = a.take(cd);
+    r.read.products2 = a.take(cc), r.read.products1 = a.take(cc);
+    return a.used;
+}
