@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from nestlearn.errors import UserError, suggest
@@ -75,6 +75,9 @@ class SelfModifyingConfig:
     recompute: bool = True
     keep_every: int | str = "auto"
     truncate: int | None = None
+    # all memories in the order of their stack, static ones, adaptive ones, then "memory"; and those that change
+    names: tuple[str, ...] = field(init=False, repr=False, compare=False)
+    written: tuple[str, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if isinstance(self.adaptive, str) or not isinstance(self.adaptive, Iterable):
@@ -95,6 +98,10 @@ class SelfModifyingConfig:
             if name not in (*SLOW, "q"):
                 raise UserError(f"adaptive names {name!r}, must be among {[*SLOW, 'q']}{suggest(str(name), SLOW)}")
         _ = self.rule
+        slow = (*SLOW, "q") if "q" in self.adaptive else SLOW
+        static, changing = ([n for n in slow if (n in self.adaptive) is changes] for changes in (False, True))
+        object.__setattr__(self, "written", (*changing, "memory"))
+        object.__setattr__(self, "names", (*static, *self.written))
 
     def _check_numbers(self) -> None:
         for name in ("head_width", "hidden_width", "heads", "chunk", "memory_chunk"):
@@ -141,17 +148,6 @@ class SelfModifyingConfig:
     def constant(self) -> bool:
         """Whether no memory can ever change: rate 0, and nothing fades."""
         return self.rate_max == 0 and not self.retention
-
-    @property
-    def written(self) -> tuple[str, ...]:
-        """The memories that change, in the order of ``names``: the adaptive ones and "memory"."""
-        return tuple(n for n in self.names if n in self.adaptive or n == "memory")
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """All memories in the order of their stack: the static ones, the adaptive ones, then "memory"."""
-        slow = (*SLOW, "q") if "q" in self.adaptive else SLOW
-        return (*(n for n in slow if n not in self.adaptive), *(n for n in slow if n in self.adaptive), "memory")
 
     @property
     def parts(self) -> tuple[Part, ...]:

@@ -9,8 +9,8 @@ token, the weights at its chunk's start as origin of k, v, η, α, of the target
     S ← α S + (1 − α) A + m − gain · (S x) xᵀ     A is 0, or the initial weights with retain_to "initial"
 
 Nothing is looked up on a GPU and no shape depends on the position, so the path can be captured as a CUDA graph.
-Plain torch, differentiable any number of times; the state given is never changed. Not covered:
-``detach_writes``, and gradients with ``truncate``.
+Plain torch, differentiable any number of times; on a CPU, where nothing is differentiated, C++ (`ops/native/token.py`).
+The state given is never changed. Not covered: ``detach_writes``, and gradients with ``truncate``.
 
 Letters: B batch, H heads, M memories, G written ones, F = B · G · H folded, d head width, h hidden width.
 """
@@ -28,22 +28,14 @@ from nestlearn.memory.config import SelfModifyingConfig
 from nestlearn.memory.deep import Fast, Weights, select
 from nestlearn.memory.stream import FastState
 from nestlearn.ops.inner_gates import LOG_FLOOR
+from nestlearn.ops.inner_loop import LoopInputs, LoopState
+from nestlearn.ops.native import token as native
+from nestlearn.ops.native.token import TokenTrained
 from nestlearn.ops.pointwise import l2norm
+from nestlearn.ops.registry import forced, native_missing
 from nestlearn.ops.scan import Tensors
 
 _LEAST = math.exp(LOG_FLOOR)  # α is kept above this
-
-
-class Outer(NamedTuple):
-    """What the outer loop trained: scales, λ (G, H); read-outs (H, d) and (H,); anchor w1 (G, H, d, h), w2 or None."""
-
-    scales: Tensor
-    rate_weight: Tensor
-    rate_bias: Tensor
-    retain_weight: Tensor
-    retain_bias: Tensor
-    mix: Tensor | None
-    anchor: Weights | None
 
 
 class Made(NamedTuple):
@@ -56,18 +48,39 @@ class Made(NamedTuple):
     retain: Tensor
 
 
-def one_token(state: FastState, inputs: Tensors, outer: Outer, config: SelfModifyingConfig) -> tuple[Tensor, FastState]:
+def one_token(
+    state: FastState, inputs: Tensors, trained: TokenTrained, config: SelfModifyingConfig
+) -> tuple[Tensor, FastState]:
     """Read and write one token: inputs x, value input, query (B, H, d). Returns (y (B, H, d), state after)."""
     start = _start(state, config)
-    made = _generate(start, inputs, outer, state.names, config)
-    live, first = Fast(state.w1, state.w2, state.m1, state.m2), len(state.names) - len(outer.scales)
-    behind = slice(first, None)
-    after = _written(*((select(start, behind), select(live, behind)) if first else (start, live)), made, outer, config)
-    if first:
-        after = Fast(*(torch.cat([old[:, :first], new], dim=1) for old, new in zip(live, after, strict=True)))
-    read = after if config.read == "after" else live
-    y = _apply(made.query, read.w1[:, -1], read.w2[:, -1])
+    live, first = Fast(state.w1, state.w2, state.m1, state.m2), len(state.names) - len(trained.scales)
+    if _in_cpp(state.w1):
+        y, after = native.one_token(
+            LoopInputs(*inputs), LoopState(*live), start, trained, _rule(state.names, first, config)
+        )
+    else:
+        made = _generate(start, inputs, trained, state.names, config)
+        behind = slice(first, None)
+        pair = (select(start, behind), select(live, behind)) if first else (start, live)
+        after = _written(*pair, made, trained, config)
+        if first:
+            after = Fast(*(torch.cat([old[:, :first], new], dim=1) for old, new in zip(live, after, strict=True)))
+        read = after if config.read == "after" else live
+        y = _apply(made.query, read.w1[:, -1], read.w2[:, -1])
     return y, FastState(after.w1, after.w2, after.m1, after.m2, start.w1, start.w2, state.seen + 1, state.names)
+
+
+def _in_cpp(weights: Tensor) -> bool:
+    """Whether C++ runs the token: it knows no gradients."""
+    plain = torch.is_grad_enabled() or torch.compiler.is_compiling() or weights.device.type != "cpu"
+    return not plain and forced() in (None, "native") and native_missing() is None
+
+
+def _rule(names: tuple[str, ...], first: int, c: SelfModifyingConfig) -> native.TokenRule:
+    return native.TokenRule(
+        names, len(names) - first, c.momentum, c.rate_max, c.objective, c.target_norm == "l2", c.retention, c.dgd,
+        c.read == "after",
+    )  # fmt: skip
 
 
 def _start(state: FastState, c: SelfModifyingConfig) -> Weights:
@@ -102,14 +115,16 @@ def _fold(t: Tensor) -> Tensor:
     return t.reshape(-1, *t.shape[-2:])
 
 
-def _generate(start: Weights, inputs: Tensors, outer: Outer, names: tuple[str, ...], c: SelfModifyingConfig) -> Made:
+def _generate(
+    start: Weights, inputs: Tensors, trained: TokenTrained, names: tuple[str, ...], c: SelfModifyingConfig
+) -> Made:
     x, value, query = inputs
     given, names = {"v": value, "q": query}, names[:-1]
     out = _apply(torch.stack([given.get(n, x) for n in names], dim=1), start.w1[:, :-1], start.w2[:, :-1])
     made = dict(zip(names, out.unbind(1), strict=True))
-    rate = c.rate_max * torch.sigmoid((made["eta"] * outer.rate_weight).sum(-1) + outer.rate_bias)
+    rate = c.rate_max * torch.sigmoid((made["eta"] * trained.rate_weight).sum(-1) + trained.rate_bias)
     if c.retention:
-        logit = (made["alpha"] * outer.retain_weight).sum(-1) + outer.retain_bias
+        logit = (made["alpha"] * trained.retain_weight).sum(-1) + trained.retain_bias
         retain = torch.sigmoid(logit).clamp_min(_LEAST)
     else:
         retain = torch.ones_like(rate)
@@ -117,7 +132,7 @@ def _generate(start: Weights, inputs: Tensors, outer: Outer, names: tuple[str, .
     return Made(l2norm(made["k"]), made["v"], query, rate, retain)
 
 
-def _written(origin: Weights, live: Fast, made: Made, outer: Outer, c: SelfModifyingConfig) -> Fast:
+def _written(origin: Weights, live: Fast, made: Made, trained: TokenTrained, c: SelfModifyingConfig) -> Fast:
     """The written memories after the token, their errors taken at ``origin``."""
     shape = live.w1.shape[:3]
     w1 = _fold(origin.w1)
@@ -127,12 +142,13 @@ def _written(origin: Weights, live: Fast, made: Made, outer: Outer, c: SelfModif
     hidden = z * gate
     image, target = torch.baddbmm(asked, hidden, w1.mT).split(1, dim=1)  # M(k), M(v) (F, 1, d)
     target = l2norm(target) if c.target_norm == "l2" else target
-    error = _error(image, target, outer.mix, shape, c)
+    error = _error(image, target, trained.mix, shape, c)
     key, a, gate = asked[:, :1], hidden[:, :1], gate[:, :1]
     error2 = torch.bmm(error, w1) * torch.addcmul(gate, a, 1 - gate)
-    rate = (made.rate[:, None] * outer.scales).reshape(-1, 1, 1)
+    rate = (made.rate[:, None] * torch.stack(list(trained.scales)).abs()).reshape(-1, 1, 1)
     retain = made.retain[:, None, :, None, None]
-    anchor1, anchor2 = (None, None) if outer.anchor is None else outer.anchor
+    anchors = map(torch.stack, zip(*trained.anchors, strict=True)) if trained.anchors else (None, None)
+    anchor1, anchor2 = anchors
     w1, m1 = _write(live.w1, live.m1, a, error, rate, retain, anchor1, c)
     w2, m2 = _write(live.w2, live.m2, key, error2, rate, retain, anchor2, c)
     return Fast(w1, w2, m1, m2)

@@ -24,13 +24,14 @@ from torch import Tensor, nn
 from nestlearn.errors import UserError
 from nestlearn.memory.config import Part, SelfModifyingConfig
 from nestlearn.memory.deep import Fast, InitialWeights, Weights, deep_chunk, deep_forward, own_target, select
-from nestlearn.memory.one_token import Outer, one_token
+from nestlearn.memory.one_token import one_token
 from nestlearn.memory.read_out import Mix, ReadOut
 from nestlearn.memory.stream import FastState, run_stream
 from nestlearn.ops.dgd_chunk import chunk_decays
 from nestlearn.ops.inner_chunk import LoopSpec
 from nestlearn.ops.inner_gates import LOG_FLOOR
 from nestlearn.ops.inner_loop import LoopInputs, LoopState, LoopTrained
+from nestlearn.ops.native.token import TokenTrained
 from nestlearn.ops.pointwise import l2norm
 from nestlearn.ops.registry import Loop, Task, forced, loop_for
 from nestlearn.ops.scan import Tensors
@@ -156,7 +157,7 @@ class SelfModifyingMemory(nn.Module):
         self._check(x, query, value_input, state)
         if state is not None and x.shape[1] == 1 and record is None and self._by_token():
             y, state = one_token(
-                state, tuple(t[:, 0].to(dtype) for t in (x, value_input, query)), self._outer(dtype), c
+                state, tuple(t[:, 0].to(dtype) for t in (x, value_input, query)), self._token_trained(dtype), c
             )
             return y[:, None].to(x.dtype), state
         initial = self.initial_weights(dtype)
@@ -194,13 +195,16 @@ class SelfModifyingMemory(nn.Module):
         cut = c.detach_writes or (c.truncate is not None and torch.is_grad_enabled())
         return not (c.constant or cut) and forced() != "reference"
 
-    def _outer(self, dtype: torch.dtype) -> Outer:
+    def _token_trained(self, dtype: torch.dtype) -> TokenTrained:
         """What `one_token` needs; the initial weights only where retention pulls towards them."""
-        c, anchor = self.config, None
-        scales, weight, bias, retain_weight, retain_bias, *mix = self._trained(dtype)
-        if c.retain_to == "initial" and c.retention:
-            anchor = Weights(*(w[-len(scales) :] for w in self.initial_weights(dtype)))
-        return Outer(scales, weight, bias, retain_weight, retain_bias, mix[0] if mix else None, anchor)
+        c, rate, retain = self.config, self.rate_read, self.retain_read
+        mix = torch.stack([self.mix[n].logits for n in c.written]).sigmoid() if self.mix else None  # pyright: ignore
+        memories = [self.initial[n] for n in c.written] if c.retain_to == "initial" and c.retention else []
+        trained = TokenTrained(
+            rate.weight, rate.bias, retain.weight, retain.bias, mix, [self.rate_scale[n] for n in c.written],
+            [(m.w1, m.w2) for m in memories],
+        )  # fmt: skip
+        return trained if rate.bias.dtype == dtype else trained.to(dtype)
 
     def _task(self, x: Tensor) -> Task:
         """What the registry of implementations needs to know."""

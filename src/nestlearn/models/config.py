@@ -35,7 +35,7 @@ HOPE_MEMORY: dict[str, Any] = {
     "w2_scale": 3.0,
 }
 CONTINUUM = (4096, 16384, 65536)  # HOPE's levels where none are given; the baselines have one MLP
-_DERIVED = ("heads", "head_width")  # settings of a memory that follow from the model's shape
+_DERIVED = ("heads", "head_width", "names", "written")  # settings of a memory that follow from the model's shape
 _SIZES = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "conv_width",
     "window", "persistent_tokens",

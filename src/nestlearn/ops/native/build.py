@@ -16,7 +16,7 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared")
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-mprefer-vector-width=512", "-fopenmp-simd", "-fPIC", "-shared")
 FOLDER = Path(__file__).parent
 COMPILERS = ("c++", "g++", "clang++")
 

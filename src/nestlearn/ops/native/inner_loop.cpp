@@ -7,6 +7,7 @@
 #include <type_traits>
 
 #include "chunk_back.h"
+#include "token.h"
 
 template <class T>
 struct View {  // (batch, heads, tokens, width), the last side without a gap
@@ -251,6 +252,16 @@ void backward(const Spec& spec, const Given<T>& given, const Back<T>& back, int6
     });
 }
 
+template <class T>
+void tokens(const TokenSpec& spec, const TokenGiven<T>& given, const TokenAfter<T>& after, int64_t from, int64_t to) {
+    TokenRoom<T> room;
+    const int64_t count = TokenRoom<T>::lay_out(spec.width, spec.hidden, nullptr, room);
+    T* base = scratch<T>(count);
+    std::memset(base, 0, sizeof(T) * count);  // what pads a vector is computed with
+    TokenRoom<T>::lay_out(spec.width, spec.hidden, base, room);
+    for (int64_t i = from; i < to; i++) one_token(spec, given, after, i, room);
+}
+
 }  // namespace
 
 #define EXPORT(T, NAME)                                                                                          \
@@ -262,7 +273,11 @@ void backward(const Spec& spec, const Given<T>& given, const Back<T>& back, int6
                                     int64_t to) {                                                                \
         for (int64_t i = from; i < to; i++) backward<T>(*spec, *given, *back, i);                                \
     }                                                                                                            \
-    extern "C" int64_t record_##NAME(const Spec* spec) { return record_numbers<T>(*spec); }
+    extern "C" int64_t record_##NAME(const Spec* spec) { return record_numbers<T>(*spec); }                      \
+    extern "C" void token_##NAME(const TokenSpec* spec, const TokenGiven<T>* given, const TokenAfter<T>* after,  \
+                                 int64_t from, int64_t to) {                                                     \
+        tokens<T>(*spec, *given, *after, from, to);                                                              \
+    }
 
 EXPORT(float, float32)
 EXPORT(double, float64)

@@ -9,10 +9,7 @@ results do not depend on the batch or the number of threads. Threads are Python'
 from __future__ import annotations
 
 import ctypes
-import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,7 +18,7 @@ from torch import Tensor
 from nestlearn.ops.first_order import first_order
 from nestlearn.ops.inner_chunk import LoopSpec
 from nestlearn.ops.inner_loop import LoopInputs, LoopState, LoopTrained, parts, stored
-from nestlearn.ops.native.build import library
+from nestlearn.ops.native.call import function, run, structure
 
 NUMBERS = (
     "batch", "heads", "length", "memories", "written", "width", "hidden", "chunk", "keep", "key", "value", "rate",
@@ -29,12 +26,6 @@ NUMBERS = (
 )  # fmt: skip
 ENDS = ("w1", "w2", "m1", "m2")
 TRAINED = ("initial1", "initial2", "scales", "rate_weight", "rate_bias", "retain_weight", "retain_bias", "mix")
-
-
-class Spec(ctypes.Structure):
-    """As in record.h."""
-
-    _fields_ = [(name, ctypes.c_int64) for name in NUMBERS] + [(n, ctypes.c_double) for n in ("momentum", "rate_max")]
 
 
 class View(ctypes.Structure):
@@ -47,19 +38,27 @@ class View(ctypes.Structure):
         return cls(t.data_ptr(), *t.stride()[:3])
 
 
-def _structure(name: str, views: Sequence[str], pointers: Sequence[str], more: Sequence[tuple[str, Any]] = ()) -> Any:
-    fields = [*((n, View) for n in views), *((n, ctypes.c_void_p) for n in pointers), *more]
-    return type(name, (ctypes.Structure,), {"_fields_": fields})
+def _views(*names: str) -> dict[str, Any]:
+    return dict.fromkeys(names, View)
 
 
-Given = _structure("Given", ("x", "value", "query"), (*ENDS, *TRAINED, "kept", "records"))
-After = _structure("After", ("y",), ENDS)
-GRADIENTS = ("dx", "d_value", "d_query")
-MORE = [
-    *((name, View) for name in GRADIENTS),
-    *((name, ctypes.c_void_p) for name in (*(f"d_{n}" for n in ENDS), *TRAINED)),
-]
-Back = _structure("Back", ("dy",), ENDS, MORE)
+def _pointers(*names: str) -> dict[str, Any]:
+    return dict.fromkeys(names, ctypes.c_void_p)
+
+
+# As in record.h and inner_loop.cpp.
+Spec = structure(
+    "Spec", dict.fromkeys(NUMBERS, ctypes.c_int64) | dict.fromkeys(("momentum", "rate_max"), ctypes.c_double)
+)
+Given = structure("Given", _views("x", "value", "query") | _pointers(*ENDS, *TRAINED, "kept", "records"))
+After = structure("After", _views("y") | _pointers(*ENDS))
+Back = structure(
+    "Back",
+    _views("dy")
+    | _pointers(*ENDS)
+    | _views("dx", "d_value", "d_query")
+    | _pointers(*(f"d_{n}" for n in ENDS), *TRAINED),
+)
 
 
 def inner_loop(inputs: LoopInputs, state: LoopState, trained: LoopTrained, spec: LoopSpec) -> tuple[Tensor, LoopState]:
@@ -172,7 +171,7 @@ class _Call:
     def record_numbers(self) -> int:
         """How many numbers hold all that happens."""
         chunks = -(-self.spec.length // self.spec.chunk)
-        return self.programs * chunks * int(self._function("record", ctypes.c_int64)(ctypes.byref(self.spec)))
+        return self.programs * chunks * int(function("record", self.dtype, ctypes.c_int64)(ctypes.byref(self.spec)))
 
     def point_to(self, memory: Tensor) -> None:
         """Where the states, or everything, is kept; nowhere if it has no numbers."""
@@ -181,31 +180,10 @@ class _Call:
         self.given.records, self.given.kept = (place, None) if self.all_kept else (None, place)
 
     def run(self, name: str, results: Any) -> None:
-        """All programs, dealt out to torch's number of threads."""
-        function = self._function(name, None)
-        workers = min(torch.get_num_threads(), self.programs)
-        edges = [self.programs * i // workers for i in range(workers + 1)]
-        given = [ctypes.byref(t) for t in (self.spec, self.given, results)]
-
-        def part(begin: int, end: int) -> None:
-            function(*given, ctypes.c_int64(begin), ctypes.c_int64(end))
-
-        if workers == 1:
-            return part(0, self.programs)
-        list(_pool(os.getpid(), workers).map(part, edges[:-1], edges[1:]))
-
-    def _function(self, name: str, result: Any) -> Callable[..., Any]:
-        function = getattr(library(), f"{name}_{str(self.dtype).removeprefix('torch.')}")
-        function.restype = result
-        return function
+        """All programs, forwards or backwards."""
+        run(name, self.dtype, self.programs, self.spec, self.given, results)
 
 
 def _dense(t: Tensor) -> Tensor:
     """With numbers of a token side by side."""
     return t if t.stride(-1) == 1 else t.contiguous()
-
-
-@cache
-def _pool(process: int, workers: int) -> ThreadPoolExecutor:
-    """Threads of this process: a fork has none of its parent's."""
-    return ThreadPoolExecutor(workers, thread_name_prefix=f"nestlearn-{process}")

@@ -1,0 +1,47 @@
+"""How the C++ of this folder is called: structures, threads."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any
+
+import torch
+
+from nestlearn.ops.native.build import library
+
+
+def structure(name: str, fields: Mapping[Any, Any]) -> Any:
+    """A C structure of these fields."""
+    return type(name, (ctypes.Structure,), {"_fields_": list(fields.items())})
+
+
+@cache
+def function(name: str, dtype: torch.dtype, result: Any = None) -> Callable[..., Any]:
+    """The library's function for float32 or float64."""
+    found = getattr(library(), f"{name}_{str(dtype).removeprefix('torch.')}")
+    found.restype = result
+    return found
+
+
+def run(name: str, dtype: torch.dtype, programs: int, *given: Any, threads: int | None = None) -> None:
+    """All programs, dealt out to torch's number of threads or to ``threads``."""
+    call, pointers = function(name, dtype), [ctypes.byref(t) for t in given]
+    workers = min(torch.get_num_threads() if threads is None else threads, programs)
+
+    def part(begin: int, end: int) -> None:
+        call(*pointers, ctypes.c_int64(begin), ctypes.c_int64(end))
+
+    if workers == 1:
+        return part(0, programs)
+    edges = [programs * i // workers for i in range(workers + 1)]
+    list(_pool(os.getpid(), workers).map(part, edges[:-1], edges[1:]))
+
+
+@cache
+def _pool(process: int, workers: int) -> ThreadPoolExecutor:
+    """Threads of this process: a fork has none of its parent's."""
+    return ThreadPoolExecutor(workers, thread_name_prefix=f"nestlearn-{process}")
