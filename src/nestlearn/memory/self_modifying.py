@@ -202,7 +202,7 @@ class SelfModifyingMemory(nn.Module):
         memories = [self.initial[n] for n in c.written] if c.retain_to == "initial" and c.retention else []
         trained = TokenTrained(
             rate.weight, rate.bias, retain.weight, retain.bias, mix, [self.rate_scale[n] for n in c.written],
-            [(m.w1, m.w2) for m in memories],
+            [(m.w1, m.w2) for m in memories],  # pyright: ignore[reportArgumentType]
         )  # fmt: skip
         return trained if rate.bias.dtype == dtype else trained.to(dtype)
 

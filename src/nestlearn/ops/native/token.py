@@ -99,7 +99,8 @@ def _spec(rule: TokenRule, batch: int, heads: int, width: int, hidden: int) -> A
     place = {name: number for number, name in enumerate(rule.names)}
     return Spec(
         batch, heads, len(rule.names), rule.written, width, hidden,
-        place["k"], place["v"], place["eta"], place["alpha"], place.get("q", -1), rule.retention, rule.normalise, rule.dgd, rule.after, OBJECTIVES.index(rule.objective),
+        place["k"], place["v"], place["eta"], place["alpha"], place.get("q", -1),
+        rule.retention, rule.normalise, rule.dgd, rule.after, OBJECTIVES.index(rule.objective),
         rule.momentum, rule.rate_max,
     )  # fmt: skip
 
