@@ -77,13 +77,10 @@ def inner_loop(inputs: LoopInputs, state: LoopState, trained: LoopTrained, spec:
     if not torch.is_grad_enabled():
         y, after, _ = run_loop(inputs, state, trained, spec._replace(keep=0))
         return y, LoopState(*after)
-    y, *after = _InnerLoop.apply(stored(inputs, spec), *inputs, *state, *trained)  # pyright: ignore[reportGeneralTypeIssues]
+    if _STORE.get() and inputs.x.shape[2] <= STORED * spec.chunk:
+        spec = spec._replace(keep=0)
+    y, *after = _InnerLoop.apply(spec, *inputs, *state, *trained)  # pyright: ignore[reportGeneralTypeIssues]
     return y, LoopState(*after)
-
-
-def stored(inputs: LoopInputs, spec: LoopSpec) -> LoopSpec:
-    """What `storing` makes of ``spec`` for these inputs."""
-    return spec._replace(keep=0) if _STORE.get() and inputs.x.shape[2] <= STORED * spec.chunk else spec
 
 
 class _InnerLoop(torch.autograd.Function):

@@ -1,7 +1,8 @@
 // The whole inner loop on a CPU: each head of each row by itself, chunk after chunk. Called by loop.py.
 //
 // Only the state at every ``keep``-th chunk is kept; the backward pass runs a group of chunks again from there, writing
-// down what happened, and walks it backwards. Or, with keep 0, what happened in all chunks is written down at once.
+// down what happened, and walks it backwards. To keep what happened instead would cost more than to run it again: it is
+// seventy times as much memory, which the machine must first find, where a group's stays in the caches.
 
 #include <cstdlib>
 #include <type_traits>
@@ -21,7 +22,7 @@ struct Given {
     View<T> x, value, query;
     T *w1, *w2, *m1, *m2;  // (batch, memories, heads, …)
     T *initial1, *initial2, *scales, *rate_weight, *rate_bias, *retain_weight, *retain_bias, *mix;
-    T *kept, *records;
+    T* kept;
 };
 template <class T>
 struct After {
@@ -163,25 +164,24 @@ void twice(F use) {
 template <class T>
 void forward(const Spec& spec, const Given<T>& given, const After<T>& after, int64_t number) {
     const Size s = spec.size();
-    const int64_t record = record_numbers<T>(spec), states = spec.state_numbers(), chunks = spec.chunks();
-    const int64_t kept = spec.kept_numbers();
+    const int64_t states = spec.state_numbers(), kept = spec.kept_numbers(), chunks = spec.chunks();
     twice<T>([&](Layout<T>& room) {
         const Program<T> program(spec, given, number, room);
         const State<T> state{room.take(states), spec.memories, s.weights()};
         Scratch<T> tmp;
         T* scratch = room.take(Scratch<T>::lay_out(s, nullptr, tmp));
         T* y = room.take(s.c * s.d);
-        T* own = given.records ? nullptr : room.take(record);
+        T* place = room.take(record_numbers<T>(spec));
         if (!room.base) return;
         Scratch<T>::lay_out(s, scratch, tmp);
         program.load_state(given.w1, given.w2, given.m1, given.m2, state);
-        const int64_t groups = spec.keep > 0 ? (chunks + spec.keep - 1) / spec.keep : 0;
+        Record<T> r;
+        lay_out(spec, place, r);
+        const int64_t groups = (chunks + spec.keep - 1) / spec.keep;
         for (int64_t chunk = 0; chunk < chunks; chunk++) {
             if (given.kept && chunk % spec.keep == 0)
                 std::memcpy(given.kept + (number * groups + chunk / spec.keep) * kept, state.base, sizeof(T) * kept);
-            Record<T> r;
-            lay_out(spec, own ? own : given.records + (number * chunks + chunk) * record, r);
-            program.run(chunk, state, r, tmp, y, !own);
+            program.run(chunk, state, r, tmp, y, false);
             program.write_out(y, chunk, after.y);
         }
         program.store_state(state, after.w1, after.w2, after.m1, after.m2);
@@ -193,7 +193,7 @@ void backward(const Spec& spec, const Given<T>& given, const Back<T>& back, int6
     const Size s = spec.size();
     const int64_t record = record_numbers<T>(spec), states = spec.state_numbers(), chunks = spec.chunks();
     const int64_t kept = spec.kept_numbers();
-    const int64_t group = given.records ? chunks : spec.keep, groups = (chunks + group - 1) / group;
+    const int64_t group = spec.keep, groups = (chunks + group - 1) / group;
     const int64_t d = spec.width, u = spec.hidden;
     twice<T>([&](Layout<T>& room) {
         const Program<T> program(spec, given, number, room);
@@ -213,7 +213,7 @@ void backward(const Spec& spec, const Given<T>& given, const Back<T>& back, int6
         const Totals<T> totals{
             anchors, room.take(s.d), room.take(s.d), room.take(spec.written), room.take(spec.written), room.take(2)};
         const int64_t ending = room.used;
-        T* records = given.records ? given.records + number * chunks * record : room.take(group * record);
+        T* records = room.take(group * record);
         if (!room.base) return;
         std::memset(room.base + begin, 0, sizeof(T) * (ending - begin));
         Scratch<T>::lay_out(s, scratch, tmp), BackScratch<T>::lay_out(s, back_scratch, b);
@@ -221,12 +221,10 @@ void backward(const Spec& spec, const Given<T>& given, const Back<T>& back, int6
         Record<T> r;
         for (int64_t first = (groups - 1) * group; first >= 0; first -= group) {
             const int64_t beyond = first + group < chunks ? first + group : chunks;
-            if (!given.records) {
-                std::memcpy(state.base, given.kept + (number * groups + first / group) * kept, sizeof(T) * kept);
-                for (int64_t chunk = first; chunk < beyond; chunk++) {
-                    lay_out(spec, records + (chunk - first) * record, r);
-                    program.run(chunk, state, r, tmp, y, true);
-                }
+            std::memcpy(state.base, given.kept + (number * groups + first / group) * kept, sizeof(T) * kept);
+            for (int64_t chunk = first; chunk < beyond; chunk++) {
+                lay_out(spec, records + (chunk - first) * record, r);
+                program.run(chunk, state, r, tmp, y, true);
             }
             for (int64_t chunk = beyond - 1; chunk >= first; chunk--) {
                 lay_out(spec, records + (chunk - first) * record, r);
@@ -273,7 +271,6 @@ void tokens(const TokenSpec& spec, const TokenGiven<T>& given, const TokenAfter<
                                     int64_t to) {                                                                \
         for (int64_t i = from; i < to; i++) backward<T>(*spec, *given, *back, i);                                \
     }                                                                                                            \
-    extern "C" int64_t record_##NAME(const Spec* spec) { return record_numbers<T>(*spec); }                      \
     extern "C" void token_##NAME(const TokenSpec* spec, const TokenGiven<T>* given, const TokenAfter<T>* after,  \
                                  int64_t from, int64_t to) {                                                     \
         tokens<T>(*spec, *given, *after, from, to);                                                              \

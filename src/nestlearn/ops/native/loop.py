@@ -17,8 +17,8 @@ from torch import Tensor
 
 from nestlearn.ops.first_order import first_order
 from nestlearn.ops.inner_chunk import LoopSpec
-from nestlearn.ops.inner_loop import LoopInputs, LoopState, LoopTrained, parts, stored
-from nestlearn.ops.native.call import function, run, structure
+from nestlearn.ops.inner_loop import LoopInputs, LoopState, LoopTrained, parts
+from nestlearn.ops.native.call import run, structure
 
 NUMBERS = (
     "batch", "heads", "length", "memories", "written", "width", "hidden", "chunk", "keep", "key", "value", "rate",
@@ -50,7 +50,7 @@ def _pointers(*names: str) -> dict[str, Any]:
 Spec = structure(
     "Spec", dict.fromkeys(NUMBERS, ctypes.c_int64) | dict.fromkeys(("momentum", "rate_max"), ctypes.c_double)
 )
-Given = structure("Given", _views("x", "value", "query") | _pointers(*ENDS, *TRAINED, "kept", "records"))
+Given = structure("Given", _views("x", "value", "query") | _pointers(*ENDS, *TRAINED, "kept"))
 After = structure("After", _views("y") | _pointers(*ENDS))
 Back = structure(
     "Back",
@@ -62,15 +62,16 @@ Back = structure(
 
 
 def inner_loop(inputs: LoopInputs, state: LoopState, trained: LoopTrained, spec: LoopSpec) -> tuple[Tensor, LoopState]:
-    """As `ops.inner_loop.inner_loop`."""
+    """As `ops.inner_loop.inner_loop`, but for keep 0, which is taken as 1: it is faster, in less memory."""
+    spec = spec._replace(keep=max(1, spec.keep))
     if torch.compiler.is_compiling():
         from nestlearn.ops.inner_loop_op import inner_loop_op
 
-        return inner_loop_op(inputs, state, trained, spec._replace(keep=max(1, spec.keep)), in_cpp=True)
+        return inner_loop_op(inputs, state, trained, spec, in_cpp=True)
     if not torch.is_grad_enabled():
-        y, after, _ = run_loop(inputs, state, trained, spec._replace(keep=1), kept=False)
+        y, after, _ = run_loop(inputs, state, trained, spec, kept=False)
         return y, LoopState(*after)
-    y, *after = _InnerLoop.apply(stored(inputs, spec), *inputs, *state, *trained)  # pyright: ignore[reportGeneralTypeIssues]
+    y, *after = _InnerLoop.apply(spec, *inputs, *state, *trained)  # pyright: ignore[reportGeneralTypeIssues]
     return y, LoopState(*after)
 
 
@@ -92,13 +93,9 @@ class _InnerLoop(torch.autograd.Function):
 def run_loop(
     inputs: LoopInputs, state: LoopState, trained: LoopTrained, spec: LoopSpec, *, kept: bool = True
 ) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
-    """y, the state after, and what the backward pass starts from: the state at every ``keep``-th chunk, or all."""
+    """y, the state after, and the state at every ``keep``-th chunk."""
     call = _Call(inputs, state, trained, spec)
-    if spec.keep:
-        numbers = kept_numbers(inputs.x.shape, state.w1.shape, spec) if kept else 0
-    else:
-        numbers = call.record_numbers()
-    memory = inputs.x.new_empty(numbers)
+    memory = inputs.x.new_empty(kept_numbers(inputs.x.shape, state.w1.shape, spec) if kept else 0)
     call.point_to(memory)
     batch, heads, length, width = inputs.x.shape
     y = inputs.x.new_empty(batch, length, heads, width).transpose(1, 2)
@@ -158,7 +155,7 @@ class _Call:
         batch, heads, length, width = inputs.x.shape
         self.anchored, self.dtype = spec.anchored and spec.retention, inputs.x.dtype
         place = {name: number for number, name in enumerate(spec.names)}
-        self.programs, self.all_kept = batch * heads, spec.keep == 0
+        self.programs = batch * heads
         self.spec = Spec(
             batch, heads, length, len(spec.names), spec.written, width, state.w1.shape[-1], spec.chunk, spec.keep,
             place["k"], place["v"], place["eta"], place["alpha"], place.get("q", -1), spec.retention, spec.normalise,
@@ -166,18 +163,12 @@ class _Call:
         )  # fmt: skip
         self.held = [*map(_dense, inputs), *(None if t is None else t.contiguous() for t in (*state, *trained))]
         views, pointers = self.held[:3], [None if t is None else t.data_ptr() for t in self.held[3:]]
-        self.given = Given(*map(View.of, views), *pointers, None, None)
+        self.given = Given(*map(View.of, views), *pointers, None)
 
-    def record_numbers(self) -> int:
-        """How many numbers hold all that happens."""
-        chunks = -(-self.spec.length // self.spec.chunk)
-        return self.programs * chunks * int(function("record", self.dtype, ctypes.c_int64)(ctypes.byref(self.spec)))
-
-    def point_to(self, memory: Tensor) -> None:
-        """Where the states, or everything, is kept; nowhere if it has no numbers."""
-        self.held.append(memory)
-        place = memory.data_ptr() if memory.numel() else None
-        self.given.records, self.given.kept = (place, None) if self.all_kept else (None, place)
+    def point_to(self, kept: Tensor) -> None:
+        """Where the states are kept; nowhere if it has no numbers."""
+        self.held.append(kept)
+        self.given.kept = kept.data_ptr() if kept.numel() else None
 
     def run(self, name: str, results: Any) -> None:
         """All programs, forwards or backwards."""
