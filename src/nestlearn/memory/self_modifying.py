@@ -160,6 +160,10 @@ class SelfModifyingMemory(nn.Module):
                 state, tuple(t[:, 0].to(dtype) for t in (x, value_input, query)), self._token_trained(dtype), c
             )
             return y[:, None].to(x.dtype), state
+        if state is not None and record is None and self._ends_a_chunk(state) and self._by_token():
+            first, state = self._read(x[:, :1], query[:, :1], state, value_input[:, :1], None)
+            rest, state = self._read(x[:, 1:], query[:, 1:], state, value_input[:, 1:], None)
+            return torch.cat([first, rest], dim=1), state
         initial = self.initial_weights(dtype)
         if c.constant and record is None:
             return self._read_constant(x, query, state or FastState.fresh(initial, x.shape[0], c.names))
@@ -188,6 +192,10 @@ class SelfModifyingMemory(nn.Module):
         reads = (self.rate_read.weight, self.rate_read.bias, self.retain_read.weight, self.retain_read.bias)
         mix = (torch.stack([self.mix[n].logits for n in written]).sigmoid(),) if self.mix else ()  # pyright: ignore
         return tuple(t.to(dtype) for t in (scales, *reads, *mix))
+
+    def _ends_a_chunk(self, state: FastState) -> bool:
+        """Whether one token ends every row's chunk, as it does where a stream stops before its last token."""
+        return bool((state.seen % self.config.chunk == self.config.chunk - 1).all())
 
     def _by_token(self) -> bool:
         """Whether single tokens of a stream go through `one_token`: not where another path is asked for."""

@@ -157,12 +157,15 @@ void end(const Record<T>& r, const Size& s, int in, int out, const T* x, const T
 template <class T>
 struct Scratch {
     T *cd, *cu, *cd2, *transposed, *side, *row;
+    T *error2, *erased1, *updates1, *erased2, *updates2;  // of the memory whose turn it is
     static int64_t lay_out(const Size& s, T* base, Scratch& x) {
         Layout<T> a{base};
         const int64_t widest = s.d > s.u ? s.d : s.u;
         x.cd = a.take(s.c * s.d), x.cd2 = a.take(s.weights());
         x.cu = a.take(s.c * s.u), x.side = a.take(s.c * s.c);
         x.transposed = a.take(s.c * widest), x.row = a.take(widest);
+        for (T** p : {&x.erased1, &x.updates1}) *p = a.take(s.c * s.d);
+        for (T** p : {&x.error2, &x.erased2, &x.updates2}) *p = a.take(s.c * s.u);
         return a.used;
     }
 };
@@ -194,12 +197,12 @@ void read(const Spec& spec, const T* s1, const T* s2, const T* m1, const T* m2, 
     const Written<T>& w = r.memory[spec.written - 1];
     product(s.c, s.u, s.d, r.q, s.d, s2, s.u, tmp.cu, s.u);
     carry(s.c, s.d, s.u, r.q, tmp.cu, a2, m2, r.kept, r.leak, r.read.free2, r.read.leak2, r.read.out2);
-    recall(r, s, moment, s.d, s.u, r.q, r.k, w.updates2, w.erased2, r.read.products2, tmp.transposed, tmp.side,
+    recall(r, s, moment, s.d, s.u, r.q, r.k, tmp.updates2, tmp.erased2, r.read.products2, tmp.transposed, tmp.side,
            r.read.out2);
     silu(int64_t(s.c) * s.u, r.read.out2, r.read.inner, r.read.slope);
     product(s.c, s.d, s.u, r.read.inner, s.u, s1, s.d, tmp.cd, s.d);
     carry(s.c, s.u, s.d, r.read.inner, tmp.cd, a1, m1, r.kept, r.leak, r.read.free1, r.read.leak1, y);
-    recall(r, s, moment, s.u, s.d, r.read.inner, w.hidden, w.updates1, w.erased1, r.read.products1, tmp.transposed,
+    recall(r, s, moment, s.u, s.d, r.read.inner, w.hidden, tmp.updates1, tmp.erased1, r.read.products1, tmp.transposed,
            tmp.side, y);
     for (int64_t i = 0; i < int64_t(s.c) * s.d; i += LANES<T>) at(y + i) += at(r.q + i);
 }
@@ -257,25 +260,26 @@ void run_chunk(const Spec& spec, const Head<T>& head, const State<T>& state, Rec
         if (spec.normalise) normalise(s.c, s.d, w.wanted, w.inverse);
         for (int64_t i = 0; i < int64_t(s.c) * s.d; i += LANES<T>) {
             Vec<T> error = -at(w.wanted + i);
-            if (spec.mixed) {
-                at(w.image + i) = at(r.k + i) + at(tmp.cd + i);
-                error += at(w.image + i) * head.mix[g];
-            }
+            at(w.wanted + i) = error;
+            if (!spec.mixed) continue;
+            at(w.image + i) = at(r.k + i) + at(tmp.cd + i);
+            error += at(w.image + i) * head.mix[g];
             at(w.error + i) = error;
         }
         transpose(s.u, s.d, s1, tmp.cd2);
         product(s.c, s.u, s.d, w.error, s.d, tmp.cd2, s.u, w.pulled, s.u);
         for (int64_t i = 0; i < int64_t(s.c) * s.u; i += LANES<T>)
-            at(w.error2 + i) = at(w.pulled + i) * at(w.slope + i);
-        solve(s.c, s.d, s.u, r.k, w.error2, r.own, r.solve, r.write, w.gain2, w.reads2, w.erased2, w.updates2);
+            at(tmp.error2 + i) = at(w.pulled + i) * at(w.slope + i);
+        solve(s.c, s.d, s.u, r.k, tmp.error2, r.own, r.solve, r.write, w.gain2, w.reads2, tmp.erased2, tmp.updates2);
         transpose(s.c, s.u, w.hidden, tmp.transposed);
         product<T, Mode::SET, false, Shape::LOWER_RESULT>(s.c, s.c, s.u, w.hidden, s.u, tmp.transposed, s.c, w.gram1,
                                                           s.c);
         times_lower(s.c, w.gram1, r.ratio, w.solve1), clear_upper(s.c, w.solve1);
         if (moment) times_lower(s.c, w.gram1, r.moment, w.write1), clear_upper(s.c, w.write1);
-        solve(s.c, s.u, s.d, w.hidden, w.error, r.own, w.solve1, w.write1, w.gain1, w.reads1, w.erased1, w.updates1);
+        solve(s.c, s.u, s.d, w.hidden, w.error, r.own, w.solve1, w.write1, w.gain1, w.reads1, tmp.erased1,
+              tmp.updates1);
         if (g == spec.written - 1) read(spec, s1, s2, m1, m2, a1, a2, r, tmp, y);
-        end(r, s, s.d, s.u, r.k, w.updates2, w.erased2, a2, moment, last, s2, state.m2(fixed + g), tmp.cu);
-        end(r, s, s.u, s.d, w.hidden, w.updates1, w.erased1, a1, moment, last, s1, state.m1(fixed + g), tmp.cd);
+        end(r, s, s.d, s.u, r.k, tmp.updates2, tmp.erased2, a2, moment, last, s2, state.m2(fixed + g), tmp.cu);
+        end(r, s, s.u, s.d, w.hidden, tmp.updates1, tmp.erased1, a1, moment, last, s1, state.m1(fixed + g), tmp.cd);
     }
 }

@@ -17,16 +17,17 @@ struct BackScratch {
     T *s1, *s2, *n1, *n2, *w1, *w2;  // as they are, not transposed
     T *left1, *moved1, *left2, *moved2, *hidden, *error, *error2, *right1, *right2,
         *w;                                              // of the memory whose turn it is
+    T *g2, *e1, *u1, *e2, *u2;                           // its e2, E and Ĝ, made again
     T *erased1, *updates1, *erased2, *updates2, *inner;  // what the read adds
     T *cd, *cu, *cd2, *cu2, *cc, *products, *transposed, *gain1, *gain2, *row;
     static int64_t lay_out(const Size& s, T* base, BackScratch& b) {
         Layout<T> a{base};
         const int64_t cd = s.c * s.d, cu = s.c * s.u, cc = s.c * s.c, widest = s.d > s.u ? s.d : s.u;
-        for (T** p :
-             {&b.dk, &b.dv, &b.dq, &b.left1, &b.moved1, &b.error, &b.right1, &b.erased1, &b.updates1, &b.cd, &b.cd2})
+        for (T** p : {&b.dk, &b.dv, &b.dq, &b.left1, &b.moved1, &b.error, &b.right1, &b.erased1, &b.updates1, &b.cd,
+                      &b.cd2, &b.e1, &b.u1})
             *p = a.take(cd);
-        for (T** p :
-             {&b.left2, &b.moved2, &b.hidden, &b.error2, &b.right2, &b.erased2, &b.updates2, &b.inner, &b.cu, &b.cu2})
+        for (T** p : {&b.left2, &b.moved2, &b.hidden, &b.error2, &b.right2, &b.erased2, &b.updates2, &b.inner, &b.cu,
+                      &b.cu2, &b.g2, &b.e2, &b.u2})
             *p = a.take(cu);
         for (T** p : {&b.ratio, &b.moment, &b.cc, &b.products}) *p = a.take(cc);
         for (T** p : {&b.s1, &b.s2, &b.n1, &b.n2, &b.w1, &b.w2}) *p = a.take(s.weights());
@@ -305,13 +306,16 @@ void chunk_back(const Spec& spec, const Head<T>& head, Record<T>& r, const State
         transpose(s.u, s.d, s1, b.s1), transpose(s.d, s.u, s2, b.s2);
         if (moment) transpose(s.u, s.d, m1, b.n1), transpose(s.d, s.u, m2, b.n2);
         const Layer<T> one{
-            s.u,      s.d,         w.hidden,   w.error, w.gain1, w.reads1, w.erased1, w.updates1,
+            s.u,      s.d,         w.hidden,   w.error, w.gain1, w.reads1, b.e1,      b.u1,
             w.solve1, w.write1,    w.gram1,    w.free1, w.leak1, b.s1,     anchor.p1, moment ? b.n1 : nullptr,
             d1,       d_anchor.t1, grads.m1(m)};
         const Layer<T> two{
-            s.d,     s.u,         r.k,        w.error2, w.gain2, w.reads2, w.erased2, w.updates2,
-            r.solve, r.write,     r.gram,     w.free2,  w.leak2, b.s2,     anchor.p2, moment ? b.n2 : nullptr,
+            s.d,     s.u,         r.k,        b.g2,    w.gain2, w.reads2, b.e2,      b.u2,
+            r.solve, r.write,     r.gram,     w.free2, w.leak2, b.s2,     anchor.p2, moment ? b.n2 : nullptr,
             d2,      d_anchor.t2, grads.m2(m)};
+        for (int64_t i = 0; i < cu; i += LANES<T>) at(b.g2 + i) = at(w.pulled + i) * at(w.slope + i);
+        scale_rows(s.c, s.d, w.gain1, w.reads1, b.e1), scale_rows(s.c, s.d, w.gain1, w.error, b.u1);
+        scale_rows(s.c, s.u, w.gain2, w.reads2, b.e2), scale_rows(s.c, s.u, w.gain2, b.g2, b.u2);
         clear(b.hidden, cu), clear(b.rate, s.c);
         for (int t = 0; t < s.c; t++) r.own[t] = T(spec.rate_max) * head.scales[g] * r.opened[t];
         end_back(s, one, r, s1, anchor.t1, m1, moment, last, b, b.left1, b.moved1, b.hidden, b.cd, b.w1);

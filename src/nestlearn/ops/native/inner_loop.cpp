@@ -57,18 +57,29 @@ T* scratch(int64_t count) {
     return room.base;
 }
 
-// a (rows, columns) matrix into a padded one, transposed or not, zeros around it; and back
+// a (rows, columns) matrix into a padded one, zeros around it; and back
 template <class T>
-void load(int64_t rows, int64_t columns, const T* a, int64_t stride, int64_t padded_rows, int64_t padded, bool turned,
-          T* out) {
-    std::memset(out, 0, sizeof(T) * padded_rows * padded);
-    for (int64_t i = 0; i < rows; i++)
-        for (int64_t j = 0; j < columns; j++) out[turned ? j * padded + i : i * padded + j] = a[i * stride + j];
+void load(int64_t rows, int64_t columns, const T* a, int64_t stride, int64_t padded_rows, int64_t padded, T* out) {
+    if (rows < padded_rows || columns < padded) std::memset(out, 0, sizeof(T) * padded_rows * padded);
+    for (int64_t i = 0; i < rows; i++) std::memcpy(out + i * padded, a + i * stride, sizeof(T) * columns);
 }
 template <class T>
-void store(int64_t rows, int64_t columns, const T* a, int64_t padded, bool turned, T* out, int64_t stride) {
+void store(int64_t rows, int64_t columns, const T* a, int64_t padded, T* out, int64_t stride) {
+    for (int64_t i = 0; i < rows; i++) std::memcpy(out + i * stride, a + i * padded, sizeof(T) * columns);
+}
+// the same, transposed: a (rows, columns) without gaps, out (padded columns, padded rows)
+template <class T>
+void load_turned(int64_t rows, int64_t columns, const T* a, int64_t padded_rows, int64_t padded_columns, T* out) {
+    if (rows == padded_rows && columns == padded_columns) return transpose(int(rows), int(columns), a, out);
+    std::memset(out, 0, sizeof(T) * padded_rows * padded_columns);
     for (int64_t i = 0; i < rows; i++)
-        for (int64_t j = 0; j < columns; j++) out[i * stride + j] = a[turned ? j * padded + i : i * padded + j];
+        for (int64_t j = 0; j < columns; j++) out[j * padded_rows + i] = a[i * columns + j];
+}
+template <class T>
+void store_turned(int64_t rows, int64_t columns, const T* a, int64_t padded_rows, int64_t padded_columns, T* out) {
+    if (rows == padded_rows && columns == padded_columns) return transpose(int(columns), int(rows), a, out);
+    for (int64_t i = 0; i < rows; i++)
+        for (int64_t j = 0; j < columns; j++) out[i * columns + j] = a[j * padded_rows + i];
 }
 
 // One head of one row: where its numbers are, and its padded constants.
@@ -92,17 +103,17 @@ struct Program {
                     *p = room.take(s.weights());
         if (!room.base) return;
         const int64_t d = spec.width, u = spec.hidden;
-        load<T>(1, d, given.rate_weight + h * d, d, 1, s.d, false, rate_read);
-        load<T>(1, d, given.retain_weight + h * d, d, 1, s.d, false, retain_read);
+        load<T>(1, d, given.rate_weight + h * d, d, 1, s.d, rate_read);
+        load<T>(1, d, given.retain_weight + h * d, d, 1, s.d, retain_read);
         for (int64_t g = 0; g < spec.written; g++) {
             scales[g] = given.scales[g * spec.heads + h];
             mix[g] = spec.mixed ? given.mix[g * spec.heads + h] : 0;
             if (!spec.anchored) continue;
             const int64_t at = ((spec.fixed() + g) * spec.heads + h) * d * u;
-            load<T>(d, u, given.initial1 + at, u, s.u, s.d, true, anchors[g].t1);
-            load<T>(u, d, given.initial2 + at, d, s.d, s.u, true, anchors[g].t2);
-            load<T>(d, u, given.initial1 + at, u, s.d, s.u, false, anchors[g].p1);
-            load<T>(u, d, given.initial2 + at, d, s.u, s.d, false, anchors[g].p2);
+            load_turned(d, u, given.initial1 + at, s.d, s.u, anchors[g].t1);
+            load_turned(u, d, given.initial2 + at, s.u, s.d, anchors[g].t2);
+            load<T>(d, u, given.initial1 + at, u, s.d, s.u, anchors[g].p1);
+            load<T>(u, d, given.initial2 + at, d, s.u, s.d, anchors[g].p2);
         }
         head = {rate_read, retain_read, scales, mix, given.rate_bias[h], given.retain_bias[h], anchors};
     }
@@ -112,19 +123,19 @@ struct Program {
     void load_state(const T* w1, const T* w2, const T* m1, const T* m2, const State<T>& state) const {
         const int64_t d = spec.width, u = spec.hidden;
         for (int64_t m = 0; m < spec.memories; m++) {
-            load<T>(d, u, w1 + place(m), u, s.u, s.d, true, state.w1(m));
-            load<T>(u, d, w2 + place(m), d, s.d, s.u, true, state.w2(m));
-            load<T>(d, u, m1 + place(m), u, s.u, s.d, true, state.m1(m));
-            load<T>(u, d, m2 + place(m), d, s.d, s.u, true, state.m2(m));
+            load_turned(d, u, w1 + place(m), s.d, s.u, state.w1(m)),
+                load_turned(u, d, w2 + place(m), s.u, s.d, state.w2(m));
+            load_turned(d, u, m1 + place(m), s.d, s.u, state.m1(m)),
+                load_turned(u, d, m2 + place(m), s.u, s.d, state.m2(m));
         }
     }
     void store_state(const State<T>& state, T* w1, T* w2, T* m1, T* m2) const {
         const int64_t d = spec.width, u = spec.hidden;
         for (int64_t m = 0; m < spec.memories; m++) {
-            store<T>(d, u, state.w1(m), s.d, true, w1 + place(m), u);
-            store<T>(u, d, state.w2(m), s.u, true, w2 + place(m), d);
-            store<T>(d, u, state.m1(m), s.d, true, m1 + place(m), u);
-            store<T>(u, d, state.m2(m), s.u, true, m2 + place(m), d);
+            store_turned(d, u, state.w1(m), s.d, s.u, w1 + place(m)),
+                store_turned(u, d, state.w2(m), s.u, s.d, w2 + place(m));
+            store_turned(d, u, state.m1(m), s.d, s.u, m1 + place(m)),
+                store_turned(u, d, state.m2(m), s.u, s.d, m2 + place(m));
         }
     }
     int size(int64_t chunk) const {
@@ -132,10 +143,10 @@ struct Program {
         return int(left < spec.chunk ? left : spec.chunk);
     }
     void read_in(const View<T>& view, int64_t chunk, T* out) const {
-        load<T>(size(chunk), spec.width, view.place(b, h, chunk * spec.chunk), view.token, s.c, s.d, false, out);
+        load<T>(size(chunk), spec.width, view.place(b, h, chunk * spec.chunk), view.token, s.c, s.d, out);
     }
     void write_out(const T* a, int64_t chunk, const View<T>& view) const {
-        store<T>(size(chunk), spec.width, a, s.d, false, view.place(b, h, chunk * spec.chunk), view.token);
+        store<T>(size(chunk), spec.width, a, s.d, view.place(b, h, chunk * spec.chunk), view.token);
     }
     // what happens in a chunk, into ``r``; the state before it too where it is held
     void run(int64_t chunk, const State<T>& state, Record<T>& r, Scratch<T>& tmp, T* y, bool hold) const {
@@ -241,11 +252,11 @@ void backward(const Spec& spec, const Given<T>& given, const Back<T>& back, int6
             back.scales[at] = totals.scales[g];
             if (spec.mixed) back.mix[at] = totals.mix[g];
             if (!spec.anchored) continue;
-            store<T>(d, u, anchors[g].t1, s.d, true, back.initial1 + at * d * u, u);
-            store<T>(u, d, anchors[g].t2, s.u, true, back.initial2 + at * d * u, d);
+            store_turned(d, u, anchors[g].t1, s.d, s.u, back.initial1 + at * d * u);
+            store_turned(u, d, anchors[g].t2, s.u, s.d, back.initial2 + at * d * u);
         }
-        store<T>(1, d, totals.rate_read, s.d, false, back.rate_weight + number * d, d);
-        store<T>(1, d, totals.retain_read, s.d, false, back.retain_weight + number * d, d);
+        store<T>(1, d, totals.rate_read, s.d, back.rate_weight + number * d, d);
+        store<T>(1, d, totals.retain_read, s.d, back.retain_weight + number * d, d);
         back.rate_bias[number] = totals.biases[0], back.retain_bias[number] = totals.biases[1];
     });
 }

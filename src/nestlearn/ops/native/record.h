@@ -60,8 +60,8 @@ template <class T>
 struct Written {
     T *z, *hidden, *slope, *free2, *leak2, *free1, *leak1, *image;
     Applied<T> target;
-    T *wanted, *inverse, *error, *pulled, *error2, *gain1, *gain2, *reads1, *reads2, *erased1, *erased2, *updates1,
-        *updates2, *gram1, *solve1, *write1;
+    T *wanted, *inverse, *error;  // −v̂ and e, one and the same without λ
+    T *pulled, *gain1, *gain2, *reads1, *reads2, *gram1, *solve1, *write1;
 };
 
 template <class T>
@@ -113,18 +113,20 @@ int64_t lay_out(const Spec& spec, T* base, Record<T>& r) {
     r.write = spec.momentum ? a.take(cc) : r.solve;
     for (int64_t g = 0; g < spec.written; g++) {
         Written<T>& w = r.memory[g];
-        for (T** p : {&w.z, &w.hidden, &w.slope, &w.free2, &w.leak2, &w.target.hidden, &w.target.slope, &w.pulled,
-                      &w.error2, &w.reads2, &w.erased2, &w.updates2})
+        for (T** p : {&w.z, &w.hidden, &w.slope, &w.free2, &w.target.hidden, &w.target.slope, &w.pulled, &w.reads2})
             *p = a.take(cu);
-        for (T** p : {&w.free1, &w.leak1, &w.wanted, &w.error, &w.reads1, &w.erased1, &w.updates1}) *p = a.take(cd);
+        for (T** p : {&w.free1, &w.wanted, &w.reads1}) *p = a.take(cd);
+        w.leak1 = spec.momentum ? a.take(cd) : nullptr, w.leak2 = spec.momentum ? a.take(cu) : nullptr;
+        w.error = spec.mixed ? a.take(cd) : w.wanted;
         w.image = spec.mixed ? a.take(cd) : nullptr;
         for (T** p : {&w.inverse, &w.gain1, &w.gain2}) *p = a.take(s.c);
         w.gram1 = a.take(cc), w.solve1 = a.take(cc);
         w.write1 = spec.momentum ? a.take(cc) : w.solve1;
         w.target.given = r.v;
     }
-    for (T** p : {&r.read.out2, &r.read.inner, &r.read.slope, &r.read.free2, &r.read.leak2}) *p = a.take(cu);
-    for (T** p : {&r.read.free1, &r.read.leak1}) *p = a.take(cd);
+    for (T** p : {&r.read.out2, &r.read.inner, &r.read.slope, &r.read.free2}) *p = a.take(cu);
+    r.read.free1 = a.take(cd);
+    r.read.leak1 = spec.momentum ? a.take(cd) : nullptr, r.read.leak2 = spec.momentum ? a.take(cu) : nullptr;
     r.read.products2 = a.take(cc), r.read.products1 = a.take(cc);
     return a.used;
 }

@@ -39,6 +39,19 @@ template <class T>
 inline const Vec<T>& at(const T* p) {
     return *reinterpret_cast<const Vec<T>*>(p);
 }
+// the same anywhere in memory
+template <class T>
+struct LooseOf {
+    typedef T type __attribute__((vector_size(VECTOR_BYTES), may_alias, aligned(sizeof(T))));
+};
+template <class T>
+inline typename LooseOf<T>::type& loose(T* p) {
+    return *reinterpret_cast<typename LooseOf<T>::type*>(p);
+}
+template <class T>
+inline const typename LooseOf<T>::type& loose(const T* p) {
+    return *reinterpret_cast<const typename LooseOf<T>::type*>(p);
+}
 template <class T>
 inline Vec<T> splat(T value) {
     return value - Vec<T>{};
@@ -141,7 +154,8 @@ inline void add_outer(int m, int n, int k, const T* a, const T* b, T* c) {
     product<T, Mode::ADD, true>(m, n, k, a, m, b, n, c, n);
 }
 
-// B (columns, rows) = Aᵀ of A (rows, columns), a block of lanes by lanes at a time: bit by bit of the two places.
+// B (columns, rows) = Aᵀ of A (rows, columns), a block of lanes by lanes at a time: bit by bit of the two places. Both
+// may lie anywhere, but both sides are multiples of the lanes.
 template <class T>
 void transpose(int rows, int columns, const T* a, T* b) {
     constexpr int W = LANES<T>;
@@ -155,7 +169,7 @@ void transpose(int rows, int columns, const T* a, T* b) {
         for (int j = 0; j < columns; j += W) {
             Vec<T> block[W];
 #pragma GCC unroll 16
-            for (int r = 0; r < W; r++) block[r] = at(a + (i + r) * columns + j);
+            for (int r = 0; r < W; r++) block[r] = loose(a + (i + r) * columns + j);
 #pragma GCC unroll 4
             for (int bit = 1; bit < W; bit *= 2) {
                 Mask first, second;
@@ -173,7 +187,7 @@ void transpose(int rows, int columns, const T* a, T* b) {
                     }
             }
 #pragma GCC unroll 16
-            for (int r = 0; r < W; r++) at(b + (j + r) * rows + i) = block[r];
+            for (int r = 0; r < W; r++) loose(b + (j + r) * rows + i) = block[r];
         }
 #endif
 }
