@@ -70,7 +70,7 @@ def _(given: list[Tensor], in_cpp: bool, *spec: Any) -> list[Tensor]:
 def _backward(given: list[Tensor], kept: list[Tensor], grads: list[Tensor], in_cpp: bool, *spec: Any) -> list[Tensor]:
     dy, *d_state = grads
     if in_cpp:
-        found = native.loop_back(*parts(given), kept[0], dy, LoopState(*d_state), _spec(*spec))
+        found = native.loop_back(*parts(given), kept[0], dy, d_state, _spec(*spec))
     else:
         states = [t for pair in zip(*kept, strict=True) for t in pair]
         found = loop_back(*parts(given), states, dy, LoopState(*d_state), _spec(*spec))

@@ -67,16 +67,19 @@ template <class T>
 void store(int64_t rows, int64_t columns, const T* a, int64_t padded, T* out, int64_t stride) {
     for (int64_t i = 0; i < rows; i++) std::memcpy(out + i * stride, a + i * padded, sizeof(T) * columns);
 }
-// the same, transposed: a (rows, columns) without gaps, out (padded columns, padded rows)
+// the same, transposed: a (rows, columns) without gaps, out (padded columns, padded rows). Null is zeros, or not
+// wanted.
 template <class T>
 void load_turned(int64_t rows, int64_t columns, const T* a, int64_t padded_rows, int64_t padded_columns, T* out) {
-    if (rows == padded_rows && columns == padded_columns) return transpose(int(rows), int(columns), a, out);
+    if (a && rows == padded_rows && columns == padded_columns) return transpose(int(rows), int(columns), a, out);
     std::memset(out, 0, sizeof(T) * padded_rows * padded_columns);
+    if (!a) return;
     for (int64_t i = 0; i < rows; i++)
         for (int64_t j = 0; j < columns; j++) out[j * padded_rows + i] = a[i * columns + j];
 }
 template <class T>
 void store_turned(int64_t rows, int64_t columns, const T* a, int64_t padded_rows, int64_t padded_columns, T* out) {
+    if (!out) return;
     if (rows == padded_rows && columns == padded_columns) return transpose(int(columns), int(rows), a, out);
     for (int64_t i = 0; i < rows; i++)
         for (int64_t j = 0; j < columns; j++) out[i * columns + j] = a[j * padded_rows + i];
@@ -120,22 +123,19 @@ struct Program {
     int64_t place(int64_t memory) const {
         return ((b * spec.memories + memory) * spec.heads + h) * spec.width * spec.hidden;
     }
-    void load_state(const T* w1, const T* w2, const T* m1, const T* m2, const State<T>& state) const {
+    T* of(T* base, int64_t memory) const { return base ? base + place(memory) : nullptr; }
+    void load_state(T* w1, T* w2, T* m1, T* m2, const State<T>& state) const {
         const int64_t d = spec.width, u = spec.hidden;
         for (int64_t m = 0; m < spec.memories; m++) {
-            load_turned(d, u, w1 + place(m), s.d, s.u, state.w1(m)),
-                load_turned(u, d, w2 + place(m), s.u, s.d, state.w2(m));
-            load_turned(d, u, m1 + place(m), s.d, s.u, state.m1(m)),
-                load_turned(u, d, m2 + place(m), s.u, s.d, state.m2(m));
+            load_turned(d, u, of(w1, m), s.d, s.u, state.w1(m)), load_turned(u, d, of(w2, m), s.u, s.d, state.w2(m));
+            load_turned(d, u, of(m1, m), s.d, s.u, state.m1(m)), load_turned(u, d, of(m2, m), s.u, s.d, state.m2(m));
         }
     }
     void store_state(const State<T>& state, T* w1, T* w2, T* m1, T* m2) const {
         const int64_t d = spec.width, u = spec.hidden;
         for (int64_t m = 0; m < spec.memories; m++) {
-            store_turned(d, u, state.w1(m), s.d, s.u, w1 + place(m)),
-                store_turned(u, d, state.w2(m), s.u, s.d, w2 + place(m));
-            store_turned(d, u, state.m1(m), s.d, s.u, m1 + place(m)),
-                store_turned(u, d, state.m2(m), s.u, s.d, m2 + place(m));
+            store_turned(d, u, state.w1(m), s.d, s.u, of(w1, m)), store_turned(u, d, state.w2(m), s.u, s.d, of(w2, m));
+            store_turned(d, u, state.m1(m), s.d, s.u, of(m1, m)), store_turned(u, d, state.m2(m), s.u, s.d, of(m2, m));
         }
     }
     int size(int64_t chunk) const {

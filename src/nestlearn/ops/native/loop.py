@@ -80,14 +80,17 @@ class _InnerLoop(torch.autograd.Function):
     def forward(ctx: Any, spec: LoopSpec, *tensors: Tensor) -> tuple[Tensor, ...]:
         y, after, kept = run_loop(*parts(tensors), spec)
         ctx.spec = spec
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, kept)
         return y, *after
 
     @staticmethod
     @first_order
-    def backward(ctx: Any, dy: Tensor, *d_state: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, dy: Tensor | None, *d_state: Tensor | None) -> tuple[Any, ...]:
         *tensors, kept = ctx.saved_tensors
-        return None, *loop_back(*parts(tensors), kept, dy, LoopState(*d_state), ctx.spec)
+        if dy is None:
+            dy = torch.zeros_like(tensors[0])
+        return None, *loop_back(*parts(tensors), kept, dy, d_state, ctx.spec)
 
 
 def run_loop(
@@ -110,33 +113,44 @@ def loop_back(
     trained: LoopTrained,
     kept: Tensor,
     dy: Tensor,
-    d_state: LoopState,
+    d_state: Sequence[Tensor | None],
     spec: LoopSpec,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of everything given, in its order; None for initial weights that retention does not pull towards."""
+    """Gradients of everything given, in its order; None where they are 0 for certain, as those of ``d_state`` may be."""
     call = _Call(inputs, state, trained, spec)
     call.point_to(kept)
     batch, written = len(dy), spec.written
-    dy, d_after = _dense(dy), [t.contiguous() for t in d_state]
+    dy, d_after = _dense(dy), [t if t is None else t.contiguous() for t in d_state]
     d_inputs = [dy.new_empty(t.transpose(1, 2).shape).transpose(1, 2) for t in inputs]
-    d_before = [torch.empty_like(t) for t in d_after]
+    forgotten = spec.momentum == 0 and written == len(spec.names)  # the momenta given
+    d_before = [
+        None if forgotten and n > 1 else torch.empty_like(t, memory_format=torch.contiguous_format)
+        for n, t in enumerate(state)
+    ]
     d_initial = [t.new_empty(batch, *t[-written:].shape) if call.anchored else None for t in trained[:2]]
     others = [None if t is None else t.new_empty(batch, *t.shape) for t in trained[2:]]
-    pointers = [None if t is None else t.data_ptr() for t in (*d_initial, *others)]
     call.run(
         "backward",
         Back(
-            View.of(dy), *(t.data_ptr() for t in d_after), *map(View.of, d_inputs), *(t.data_ptr() for t in d_before),
-            *pointers,
+            View.of(dy), *map(_place, d_after), *map(View.of, d_inputs), *map(_place, (*d_before, *d_initial, *others))
         ),
-    )  # fmt: skip
-    anchors: list[Tensor | None] = [None, None]
-    for place, (found, like) in enumerate(zip(d_initial, trained[:2], strict=True)):
-        if found is not None:
-            whole = torch.zeros_like(like)
-            whole[-written:] = found.sum(0)
-            anchors[place] = whole
-    return *d_inputs, *d_before, *anchors, *(None if t is None else t.sum(0) for t in others)
+    )
+    anchors = (None if t is None else _whole(_rows(t), like) for t, like in zip(d_initial, trained[:2], strict=True))
+    return *d_inputs, *d_before, *anchors, *(None if t is None else _rows(t) for t in others)
+
+
+def _rows(t: Tensor) -> Tensor:
+    """Summed over the batch."""
+    return t[0] if len(t) == 1 else t.sum(0)
+
+
+def _whole(found: Tensor, like: Tensor) -> Tensor:
+    """With zeros for the memories that are not written, in front."""
+    return found if len(found) == len(like) else torch.cat([torch.zeros_like(like[: -len(found)]), found])
+
+
+def _place(t: Tensor | None) -> int | None:
+    return None if t is None else t.data_ptr()
 
 
 def kept_numbers(inputs: Sequence[int], weights: Sequence[int], spec: LoopSpec) -> int:
@@ -161,8 +175,8 @@ class _Call:
             place["k"], place["v"], place["eta"], place["alpha"], place.get("q", -1), spec.retention, spec.normalise,
             self.anchored, trained.mix is not None, spec.momentum, spec.rate_max,
         )  # fmt: skip
-        self.held = [*map(_dense, inputs), *(None if t is None else t.contiguous() for t in (*state, *trained))]
-        views, pointers = self.held[:3], [None if t is None else t.data_ptr() for t in self.held[3:]]
+        self.held = [*map(_dense, inputs), *(t if t is None else t.contiguous() for t in (*state, *trained))]
+        views, pointers = self.held[:3], map(_place, self.held[3:])
         self.given = Given(*map(View.of, views), *pointers, None)
 
     def point_to(self, kept: Tensor) -> None:
