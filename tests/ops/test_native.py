@@ -57,20 +57,32 @@ def draw(config: SelfModifyingConfig, tokens: int, rows: int = 2) -> list[Tensor
     return [x, torch.nn.functional.normalize(query, dim=-1), value, dy]
 
 
+def pieces(length: int, cuts: tuple[int, ...]) -> list[slice]:
+    edges = [0, *(c for c in cuts if c < length), length]
+    return [slice(a, b) for a, b in zip(edges, edges[1:], strict=False)]
+
+
 def outcome(
-    config: SelfModifyingConfig, dtype: torch.dtype, given: list[Tensor], name: str = "native"
+    config: SelfModifyingConfig,
+    dtype: torch.dtype,
+    given: list[Tensor],
+    name: str = "native",
+    cuts: tuple[int, ...] = (),
 ) -> dict[str, Tensor]:
-    """Output, end of the state after a first piece and a second, and the gradients of every input and parameter."""
+    """Output, end of the state and the gradients of every input and parameter, of a stream read in pieces."""
     memory = memory_of(replace(config, recompute=name != "reference"), dtype)
     x, query, value, dy = (t.to(dtype) for t in given)
     leaves = [t.clone().requires_grad_() for t in (x, query, value)]
-    half = x.shape[1] // 2 // config.chunk * config.chunk or x.shape[1]
+    out, state = [], None
     with forcing(name):
-        y, state = memory(*(t[:, :half] for t in leaves[:2]), None, leaves[2][:, :half])
-        if half < x.shape[1]:
-            rest, state = memory(*(t[:, half:] for t in leaves[:2]), state, leaves[2][:, half:])
-            y = torch.cat([y, rest], dim=1)
-    ends = {"w1": state.w1, "w2": state.w2, "m1": state.m1, "m2": state.m2}
+        for piece in pieces(x.shape[1], cuts):
+            y, state = memory(leaves[0][:, piece], leaves[1][:, piece], state, leaves[2][:, piece])
+            out.append(y)
+    assert state is not None
+    ends = {n: getattr(state, n) for n in ("w1", "w2", "m1", "m2")}
+    if state.seen[0] % config.chunk:
+        ends |= {n: getattr(state, n) for n in ("start1", "start2")}
+    y = torch.cat(out, dim=1)
     ((y * dy).sum() + sum(t.square().sum() for t in ends.values())).backward()
     grads = {n: t.grad for n, t in zip(("dx", "dq", "dv"), leaves, strict=True)}
     grads |= {n: p.grad for n, p in memory.named_parameters()}
@@ -78,12 +90,13 @@ def outcome(
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_everything_equals_the_reference(case):
+@pytest.mark.parametrize("cuts", [(), (16,), (7, 9, 36), (15,)])
+def test_everything_equals_the_reference(case, cuts):
     config, tokens = CASES[case]
     given = draw(config, tokens)
-    right = outcome(config, torch.float64, given, "reference")
+    right = outcome(config, torch.float64, given, "reference", cuts)
     for dtype, most in ((torch.float64, 1e-9), (torch.float32, 1e-4)):
-        found = outcome(config, dtype, given)
+        found = outcome(config, dtype, given, cuts=cuts)
         assert found.keys() >= right.keys()
         for name, t in found.items():
             truth = right.get(name, torch.zeros_like(t))  # what autograd found unused

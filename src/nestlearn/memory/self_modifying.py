@@ -31,6 +31,7 @@ from nestlearn.ops.dgd_chunk import chunk_decays
 from nestlearn.ops.inner_chunk import LoopSpec
 from nestlearn.ops.inner_gates import LOG_FLOOR
 from nestlearn.ops.inner_loop import LoopInputs, LoopState, LoopTrained
+from nestlearn.ops.native import loop as native
 from nestlearn.ops.native.token import TokenTrained
 from nestlearn.ops.pointwise import l2norm
 from nestlearn.ops.registry import Loop, Task, forced, loop_for
@@ -160,15 +161,11 @@ class SelfModifyingMemory(nn.Module):
                 state, tuple(t[:, 0].to(dtype) for t in (x, value_input, query)), self._token_trained(dtype), c
             )
             return y[:, None].to(x.dtype), state
-        if state is not None and record is None and self._ends_a_chunk(state) and self._by_token():
-            first, state = self._read(x[:, :1], query[:, :1], state, value_input[:, :1], None)
-            rest, state = self._read(x[:, 1:], query[:, 1:], state, value_input[:, 1:], None)
-            return torch.cat([first, rest], dim=1), state
         initial = self.initial_weights(dtype)
         if c.constant and record is None:
             return self._read_constant(x, query, state or FastState.fresh(initial, x.shape[0], c.names))
         trained = self._trained(dtype)
-        loop = loop_for(self._task(x), quiet=not c.recompute)
+        loop, compiling = loop_for(self._task(x), quiet=not c.recompute), torch.compiler.is_compiling()
         periods = torch.tensor([c.chunk] * (len(c.names) - 1) + [c.memory_length], device=x.device)
         y, state = run_stream(
             partial(self._step, record=record),
@@ -180,6 +177,7 @@ class SelfModifyingMemory(nn.Module):
             fresh=state is None,
             recompute=c.recompute and record is None,
             loop=None if loop is None or record is not None else partial(self._loop, loop),
+            anywhere=self._anywhere if loop is native.inner_loop and record is None and not compiling else None,
             truncate=c.truncate,
             static=len(c.names) - len(c.written),
         )
@@ -192,10 +190,6 @@ class SelfModifyingMemory(nn.Module):
         reads = (self.rate_read.weight, self.rate_read.bias, self.retain_read.weight, self.retain_read.bias)
         mix = (torch.stack([self.mix[n].logits for n in written]).sigmoid(),) if self.mix else ()  # pyright: ignore
         return tuple(t.to(dtype) for t in (scales, *reads, *mix))
-
-    def _ends_a_chunk(self, state: FastState) -> bool:
-        """Whether one token ends every row's chunk, as it does where a stream stops before its last token."""
-        return bool((state.seen % self.config.chunk == self.config.chunk - 1).all())
 
     def _by_token(self) -> bool:
         """Whether single tokens of a stream go through `one_token`: not where another path is asked for."""
@@ -225,14 +219,26 @@ class SelfModifyingMemory(nn.Module):
 
     def _loop(self, run: Loop, live: Fast, inputs: Tensors, constants: Tensors) -> tuple[Tensor, Fast]:
         """All chunks from a boundary on, in one function."""
+        y, end = run(LoopInputs(*inputs), LoopState(*live), *self._trained_and_spec(inputs, constants))
+        return y, Fast(*end)
+
+    def _anywhere(
+        self, live: Fast, start: Weights, offset: int, inputs: Tensors, constants: Tensors
+    ) -> tuple[Tensor, Fast, Weights]:
+        """All of it in C++, from any place in a chunk."""
+        given = LoopInputs(*inputs), LoopState(*live), start
+        y, end, (start1, start2) = native.anywhere(*given, *self._trained_and_spec(inputs, constants), offset)
+        live = Fast(*end)
+        return y, live, live.weights if start1 is None or start2 is None else Weights(start1, start2)
+
+    def _trained_and_spec(self, inputs: Tensors, constants: Tensors) -> tuple[LoopTrained, LoopSpec]:
         c, trained = self.config, LoopTrained(*constants)
         spec = LoopSpec(
             c.names, len(c.written), c.chunk, c.momentum, c.rate_max, c.target_norm == "l2", c.retain_to == "initial",
             c.retention, c.read == "after", c.kept_every(inputs[0].shape[-2]),
         )  # fmt: skip
         mix = torch.ones_like(trained.scales) if c.objective == "l2" else trained.mix
-        y, end = run(LoopInputs(*inputs), LoopState(*live), trained._replace(mix=mix), spec)
-        return y, Fast(*end)
+        return trained._replace(mix=mix), spec
 
     def _read_constant(self, x: Tensor, query: Tensor, state: FastState) -> tuple[Tensor, FastState]:
         """A memory that can never change is one product: y = M_memory(q), only the count of tokens moves."""

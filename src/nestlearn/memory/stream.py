@@ -22,6 +22,7 @@ from nestlearn.ops.scan import Tensors, scan
 
 Step = Callable[[Fast, Weights | None, Tensors, Tensors, int | None], tuple[Tensor, Fast, Weights]]
 Loop = Callable[[Fast, Tensors, Tensors], tuple[Tensor, Fast]]
+Anywhere = Callable[[Fast, Weights, int, Tensors, Tensors], tuple[Tensor, Fast, Weights]]
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ def run_stream(
     fresh: bool,
     recompute: bool,
     loop: Loop | None = None,
+    anywhere: Anywhere | None = None,
     truncate: int | None = None,
     static: int = 0,
 ) -> tuple[Tensor, FastState]:
@@ -81,6 +83,8 @@ def run_stream(
     periods   (M,) chunk of each memory
     fresh     the state is at a chunk boundary for certain, so nothing needs to be looked up on the device
     loop      (live, inputs, constants) -> (output, live): all steps from a chunk boundary on in one function
+    anywhere  (live, start, offset, inputs, constants) -> (output, live, start): all of it in one function, from any
+              place in a chunk; not with ``truncate``
     truncate  no gradient passes the boundary before a chunk whose number in its row's stream is a multiple of this,
               number 0 excepted; the first ``static`` memories, which do not change, keep their gradients
     """
@@ -94,10 +98,13 @@ def run_stream(
     if len(offsets) > 1:
         again = partial(
             run_stream, step, constants=constants, periods=periods, chunk=chunk, fresh=False, recompute=recompute,
-            loop=loop, truncate=truncate, static=static,
+            loop=loop, anywhere=anywhere, truncate=truncate, static=static,
         )  # fmt: skip
         return _by_offset(again, state, inputs, offsets, period)
     live, start = Fast(state.w1, state.w2, state.m1, state.m2), Weights(state.start1, state.start2)
+    if anywhere is not None and truncate is None:
+        output, live, start = anywhere(live, start, offsets[0] % chunk, inputs, constants)
+        return output, FastState(*live, *start, state.seen + length, state.names)
     outputs, cut = [], 0
     if offsets[0] % chunk:
         cut = min(chunk - offsets[0] % chunk, length)

@@ -43,7 +43,7 @@ def _spec(names: str, *others: Any) -> LoopSpec:
 def _forward(given: list[Tensor], in_cpp: bool, *spec: Any) -> list[Tensor]:
     if in_cpp:
         y, after, memory = native.run_loop(*parts(given), _spec(*spec))
-        return [y.contiguous(), *after, memory]
+        return [y.contiguous(), *(t for t in after[:4] if t is not None), memory]
     y, after, kept = run_loop(*parts(given), _spec(*spec))
     return [y.contiguous(), *after, torch.stack(kept[::2]), torch.stack(kept[1::2])]
 
@@ -70,7 +70,8 @@ def _(given: list[Tensor], in_cpp: bool, *spec: Any) -> list[Tensor]:
 def _backward(given: list[Tensor], kept: list[Tensor], grads: list[Tensor], in_cpp: bool, *spec: Any) -> list[Tensor]:
     dy, *d_state = grads
     if in_cpp:
-        found = native.loop_back(*parts(given), kept[0], dy, d_state, _spec(*spec))
+        found = native.loop_back(*parts(given), kept[0], dy, [*d_state, None, None], _spec(*spec))
+        found = (*found[:7], *found[9:])  # no start was given
     else:
         states = [t for pair in zip(*kept, strict=True) for t in pair]
         found = loop_back(*parts(given), states, dy, LoopState(*d_state), _spec(*spec))

@@ -207,26 +207,29 @@ void read(const Spec& spec, const T* s1, const T* s2, const T* m1, const T* m2, 
     for (int64_t i = 0; i < int64_t(s.c) * s.d; i += LANES<T>) at(y + i) += at(r.q + i);
 }
 
-// y (C, D) and what happened; ``state`` becomes the one after the chunk. r holds x, value, query and size.
+// y (C, D) and what happened; ``state`` becomes the one after the chunk. ``origin`` holds the weights at its start, and
+// is
+// ``state`` where it starts here. r holds x, value, query and size.
 template <class T>
-void run_chunk(const Spec& spec, const Head<T>& head, const State<T>& state, Record<T>& r, Scratch<T>& tmp, T* y,
-               bool last) {
+void run_chunk(const Spec& spec, const Head<T>& head, const State<T>& state, const State<T>& origin, Record<T>& r,
+               Scratch<T>& tmp, T* y, bool last) {
     const Size s = spec.size();
     const bool moment = spec.momentum != 0;
     const int64_t fixed = spec.fixed();
-    apply_map(s, r.key, state.w1(spec.key), state.w2(spec.key), r.k, tmp.cu);
+    const bool here = origin.base == state.base;
+    apply_map(s, r.key, origin.w1(spec.key), origin.w2(spec.key), r.k, tmp.cu);
     normalise(s.c, s.d, r.k, r.k_inverse);
-    apply_map(s, r.content, state.w1(spec.value), state.w2(spec.value), r.v, tmp.cu);
+    apply_map(s, r.content, origin.w1(spec.value), origin.w2(spec.value), r.v, tmp.cu);
     if (spec.query >= 0) {
-        apply_map(s, r.asked, state.w1(spec.query), state.w2(spec.query), r.q, tmp.cu);
+        apply_map(s, r.asked, origin.w1(spec.query), origin.w2(spec.query), r.q, tmp.cu);
         normalise(s.c, s.d, r.q, r.q_inverse);
     } else {
         std::memcpy(r.q, r.query, sizeof(T) * s.c * s.d);
     }
-    score(s, r.rate, state.w1(spec.rate), state.w2(spec.rate), head.rate_read, head.rate_bias, r.opened, tmp.cu,
+    score(s, r.rate, origin.w1(spec.rate), origin.w2(spec.rate), head.rate_read, head.rate_bias, r.opened, tmp.cu,
           tmp.row);
     if (spec.retention)
-        score(s, r.retain, state.w1(spec.retain), state.w2(spec.retain), head.retain_read, head.retain_bias, r.closed,
+        score(s, r.retain, origin.w1(spec.retain), origin.w2(spec.retain), head.retain_read, head.retain_bias, r.closed,
               tmp.cu, tmp.row);
     for (int t = 0; t < s.c; t++) {
         const bool valid = t < r.size;
@@ -251,12 +254,15 @@ void run_chunk(const Spec& spec, const Head<T>& head, const State<T>& state, Rec
         T *m1 = moment ? state.m1(fixed + g) : nullptr, *m2 = moment ? state.m2(fixed + g) : nullptr;
         T *a1 = spec.anchored ? head.anchors[g].t1 : nullptr, *a2 = spec.anchored ? head.anchors[g].t2 : nullptr;
         for (int t = 0; t < s.c; t++) r.own[t] = T(spec.rate_max) * head.scales[g] * r.opened[t];
-        product(s.c, s.u, s.d, r.k, s.d, s2, s.u, w.z, s.u);
+        const T *o1 = origin.w1(fixed + g), *o2 = origin.w2(fixed + g);
+        product(s.c, s.u, s.d, r.k, s.d, o2, s.u, w.z, s.u);
         silu(int64_t(s.c) * s.u, w.z, w.hidden, w.slope);
-        carry(s.c, s.d, s.u, r.k, w.z, a2, m2, r.kept, r.leak, w.free2, w.leak2, w.reads2);
+        if (!here) product(s.c, s.u, s.d, r.k, s.d, s2, s.u, tmp.cu, s.u);
+        carry(s.c, s.d, s.u, r.k, here ? w.z : tmp.cu, a2, m2, r.kept, r.leak, w.free2, w.leak2, w.reads2);
         product(s.c, s.d, s.u, w.hidden, s.u, s1, s.d, tmp.cd, s.d);
         carry(s.c, s.u, s.d, w.hidden, tmp.cd, a1, m1, r.kept, r.leak, w.free1, w.leak1, w.reads1);
-        apply_map(s, w.target, s1, s2, w.wanted, tmp.cu);
+        if (!here && spec.mixed) product(s.c, s.d, s.u, w.hidden, s.u, o1, s.d, tmp.cd, s.d);
+        apply_map(s, w.target, o1, o2, w.wanted, tmp.cu);
         if (spec.normalise) normalise(s.c, s.d, w.wanted, w.inverse);
         for (int64_t i = 0; i < int64_t(s.c) * s.d; i += LANES<T>) {
             Vec<T> error = -at(w.wanted + i);
@@ -266,7 +272,7 @@ void run_chunk(const Spec& spec, const Head<T>& head, const State<T>& state, Rec
             error += at(w.image + i) * head.mix[g];
             at(w.error + i) = error;
         }
-        transpose(s.u, s.d, s1, tmp.cd2);
+        transpose(s.u, s.d, o1, tmp.cd2);
         product(s.c, s.u, s.d, w.error, s.d, tmp.cd2, s.u, w.pulled, s.u);
         for (int64_t i = 0; i < int64_t(s.c) * s.u; i += LANES<T>)
             at(tmp.error2 + i) = at(w.pulled + i) * at(w.slope + i);

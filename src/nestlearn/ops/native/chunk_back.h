@@ -14,7 +14,7 @@ struct Totals {           // of what does not change along the loop, of one head
 template <class T>
 struct BackScratch {
     T *dk, *dv, *dq, *ratio, *moment, *retain_end, *moment_end, *kept, *leak, *ends, *rate, *opened, *log_alpha;
-    T *s1, *s2, *n1, *n2, *w1, *w2;  // as they are, not transposed
+    T *s1, *s2, *n1, *n2, *o1, *o2, *w1, *w2;  // as they are, not transposed
     T *left1, *moved1, *left2, *moved2, *hidden, *error, *error2, *right1, *right2,
         *w;                                              // of the memory whose turn it is
     T *g2, *e1, *u1, *e2, *u2;                           // its e2, E and Ĝ, made again
@@ -30,7 +30,7 @@ struct BackScratch {
                       &b.cu2, &b.g2, &b.e2, &b.u2})
             *p = a.take(cu);
         for (T** p : {&b.ratio, &b.moment, &b.cc, &b.products}) *p = a.take(cc);
-        for (T** p : {&b.s1, &b.s2, &b.n1, &b.n2, &b.w1, &b.w2}) *p = a.take(s.weights());
+        for (T** p : {&b.s1, &b.s2, &b.n1, &b.n2, &b.o1, &b.o2, &b.w1, &b.w2}) *p = a.take(s.weights());
         for (T** p :
              {&b.retain_end, &b.moment_end, &b.kept, &b.leak, &b.rate, &b.opened, &b.log_alpha, &b.gain1, &b.gain2})
             *p = a.take(s.c);
@@ -282,12 +282,14 @@ void decays_back(const Size& s, const Record<T>& r, bool moment, BackScratch<T>&
     }
 }
 
-// Gradients of x, value, query of a chunk (C, D), which are overwritten; ``grads`` becomes that of the state before it.
+// Gradients of x, value, query of a chunk (C, D), which are overwritten; ``grads`` becomes that of the state before it,
+// to
+// ``starts`` is added that of the chunk's origin: one and the same where it starts here.
 template <class T>
-void chunk_back(const Spec& spec, const Head<T>& head, Record<T>& r, const State<T>& grads, const Totals<T>& totals,
-                BackScratch<T>& b, const T* dy, T* dx, T* d_value, T* d_query, bool last) {
+void chunk_back(const Spec& spec, const Head<T>& head, Record<T>& r, const State<T>& grads, const State<T>& starts,
+                const Totals<T>& totals, BackScratch<T>& b, const T* dy, T* dx, T* d_value, T* d_query, bool last) {
     const Size s = spec.size();
-    const bool moment = spec.momentum != 0;
+    const bool moment = spec.momentum != 0, here = r.origin.base == r.state.base;
     const int64_t fixed = spec.fixed(), cd = int64_t(s.c) * s.d, cu = int64_t(s.c) * s.u, cc = int64_t(s.c) * s.c;
     auto clear = [](T* p, int64_t count) { std::memset(p, 0, sizeof(T) * count); };
     for (T* p : {b.dk, b.dv, dx, d_value, d_query}) clear(p, cd);
@@ -302,8 +304,13 @@ void chunk_back(const Spec& spec, const Head<T>& head, Record<T>& r, const State
         const Anchors<T> anchor = spec.anchored ? head.anchors[g] : Anchors<T>{};
         const Anchors<T> d_anchor = spec.anchored ? totals.anchors[g] : Anchors<T>{};
         const T *s1 = r.state.w1(m), *s2 = r.state.w2(m), *m1 = r.state.m1(m), *m2 = r.state.m2(m);
-        T *d1 = grads.w1(m), *d2 = grads.w2(m);
+        T *d1 = grads.w1(m), *d2 = grads.w2(m), *od1 = starts.w1(m), *od2 = starts.w2(m);
         transpose(s.u, s.d, s1, b.s1), transpose(s.d, s.u, s2, b.s2);
+        const T *o1 = b.s1, *o2 = b.s2;
+        if (!here) {
+            transpose(s.u, s.d, r.origin.w1(m), b.o1), transpose(s.d, s.u, r.origin.w2(m), b.o2);
+            o1 = b.o1, o2 = b.o2;
+        }
         if (moment) transpose(s.u, s.d, m1, b.n1), transpose(s.d, s.u, m2, b.n2);
         const Layer<T> one{
             s.u,      s.d,         w.hidden,   w.error, w.gain1, w.reads1, b.e1,      b.u1,
@@ -334,8 +341,8 @@ void chunk_back(const Spec& spec, const Head<T>& head, Record<T>& r, const State
         solve_back(s, moment, last, one, b.left1, b.moved1, reads ? b.erased1 : nullptr, reads ? b.updates1 : nullptr,
                    r, b, b.right1, b.error, b.gain1, b.hidden, b.cd);
         for (int64_t i = 0; i < cu; i += LANES<T>) at(b.cu + i) = at(b.error2 + i) * at(w.slope + i);  // of w1ᵀ e
-        add_product(s.c, s.d, s.u, b.cu, s.u, s1, s.d, b.error, s.d);
-        add_outer(s.u, s.d, s.c, b.cu, w.error, d1);
+        add_product(s.c, s.d, s.u, b.cu, s.u, r.origin.w1(m), s.d, b.error, s.d);
+        add_outer(s.u, s.d, s.c, b.cu, w.error, od1);
         T* extra = nullptr;
         if (spec.mixed) {
             totals.mix[g] += inner(cd, b.error, w.image);
@@ -345,6 +352,11 @@ void chunk_back(const Spec& spec, const Head<T>& head, Record<T>& r, const State
                 at(b.dk + i) += at(extra + i);
             }
         }
+        if (extra && !here) {
+            add_product(s.c, s.u, s.d, extra, s.d, o1, s.u, b.hidden, s.u);
+            add_outer(s.u, s.d, s.c, w.hidden, extra, od1);
+            extra = nullptr;
+        }
         carry_back(s, one, b.right1, extra, w.hidden, r, w.free1, w.leak1, b, b.hidden, b.cd);
         gain_back(s, one, b.gain1, r.own, b.rate, b.hidden);
         for (int64_t i = 0; i < cu; i += LANES<T>) {  // σ'' = s (1 − s) (2 + z (1 − 2 s))
@@ -352,11 +364,15 @@ void chunk_back(const Spec& spec, const Head<T>& head, Record<T>& r, const State
             const Vec<T> curve = gate * (T(1) - gate) * (T(2) + z * (T(1) - T(2) * gate));
             at(b.cu2 + i) = at(b.hidden + i) * at(w.slope + i) + at(b.error2 + i) * at(w.pulled + i) * curve;
         }
-        carry_back(s, two, b.right2, b.cu2, r.k, r, w.free2, w.leak2, b, b.dk, b.cu);
+        if (!here) {
+            add_product(s.c, s.d, s.u, b.cu2, s.u, o2, s.d, b.dk, s.d);
+            add_outer(s.d, s.u, s.c, r.k, b.cu2, od2);
+        }
+        carry_back(s, two, b.right2, here ? b.cu2 : nullptr, r.k, r, w.free2, w.leak2, b, b.dk, b.cu);
         gain_back(s, two, b.gain2, r.own, b.rate, b.dk);
         for (int64_t i = 0; i < cd; i += LANES<T>) at(b.cd + i) = -at(b.error + i);
         if (spec.normalise) normalise_back(s.c, s.d, w.wanted, w.inverse, b.cd);
-        map_back(s, b.cd, w.target, b.s1, b.s2, b.dv, d1, d2, b.cu);
+        map_back(s, b.cd, w.target, o1, o2, b.dv, od1, od2, b.cu);
         for (int t = 0; t < r.size; t++) {
             totals.scales[g] += b.rate[t] * T(spec.rate_max) * r.opened[t];
             b.opened[t] += b.rate[t] * T(spec.rate_max) * head.scales[g];
@@ -364,27 +380,29 @@ void chunk_back(const Spec& spec, const Head<T>& head, Record<T>& r, const State
     }
     if (spec.retention) decays_back(s, r, moment, b);
 
-    auto plain = [&](int64_t m) { transpose(s.u, s.d, r.state.w1(m), b.w1), transpose(s.d, s.u, r.state.w2(m), b.w2); };
+    auto plain = [&](int64_t m) {
+        transpose(s.u, s.d, r.origin.w1(m), b.w1), transpose(s.d, s.u, r.origin.w2(m), b.w2);
+    };
     plain(spec.rate);
     for (int t = 0; t < s.c; t++) b.opened[t] *= r.opened[t] * (1 - r.opened[t]), totals.biases[0] += b.opened[t];
-    score_back(s, b.opened, r.rate, r.state.w1(spec.rate), b.w2, head.rate_read, dx, grads.w1(spec.rate),
-               grads.w2(spec.rate), totals.rate_read, b.cu, b.row);
+    score_back(s, b.opened, r.rate, r.origin.w1(spec.rate), b.w2, head.rate_read, dx, starts.w1(spec.rate),
+               starts.w2(spec.rate), totals.rate_read, b.cu, b.row);
     if (spec.retention) {
         plain(spec.retain);
         for (int t = 0; t < r.size; t++) b.log_alpha[t] *= r.closed[t], totals.biases[1] += b.log_alpha[t];
-        score_back(s, b.log_alpha, r.retain, r.state.w1(spec.retain), b.w2, head.retain_read, dx, grads.w1(spec.retain),
-                   grads.w2(spec.retain), totals.retain_read, b.cu, b.row);
+        score_back(s, b.log_alpha, r.retain, r.origin.w1(spec.retain), b.w2, head.retain_read, dx,
+                   starts.w1(spec.retain), starts.w2(spec.retain), totals.retain_read, b.cu, b.row);
     }
     plain(spec.key);
     normalise_back(s.c, s.d, r.k, r.k_inverse, b.dk);
-    map_back(s, b.dk, r.key, b.w1, b.w2, dx, grads.w1(spec.key), grads.w2(spec.key), b.cu);
+    map_back(s, b.dk, r.key, b.w1, b.w2, dx, starts.w1(spec.key), starts.w2(spec.key), b.cu);
     plain(spec.value);
-    map_back(s, b.dv, r.content, b.w1, b.w2, d_value, grads.w1(spec.value), grads.w2(spec.value), b.cu);
+    map_back(s, b.dv, r.content, b.w1, b.w2, d_value, starts.w1(spec.value), starts.w2(spec.value), b.cu);
     if (spec.query < 0) {
         std::memcpy(d_query, b.dq, sizeof(T) * cd);
         return;
     }
     plain(spec.query);
     normalise_back(s.c, s.d, r.q, r.q_inverse, b.dq);
-    map_back(s, b.dq, r.asked, b.w1, b.w2, d_query, grads.w1(spec.query), grads.w2(spec.query), b.cu);
+    map_back(s, b.dq, r.asked, b.w1, b.w2, d_query, starts.w1(spec.query), starts.w2(spec.query), b.cu);
 }

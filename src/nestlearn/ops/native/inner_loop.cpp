@@ -22,19 +22,21 @@ struct Given {
     View<T> x, value, query;
     T *w1, *w2, *m1, *m2;  // (batch, memories, heads, …)
     T *initial1, *initial2, *scales, *rate_weight, *rate_bias, *retain_weight, *retain_bias, *mix;
+    T *start1, *start2;  // weights at the start of a chunk that was begun before
     T* kept;
 };
 template <class T>
 struct After {
     View<T> y;
     T *w1, *w2, *m1, *m2;
+    T *start1, *start2;  // of a last chunk that goes on
 };
 template <class T>
 struct Back {
     View<T> dy;
-    T *w1, *w2, *m1, *m2;  // gradients of the state after
+    T *w1, *w2, *m1, *m2, *start1, *start2;  // gradients of the state after
     View<T> dx, d_value, d_query;
-    T *d_w1, *d_w2, *d_m1, *d_m2;                                             // of the state before
+    T *d_w1, *d_w2, *d_m1, *d_m2, *d_start1, *d_start2;                       // of the state before
     T *initial1, *initial2;                                                   // (batch, written, heads, …)
     T *scales, *rate_weight, *rate_bias, *retain_weight, *retain_bias, *mix;  // each with a batch in front
 };
@@ -124,36 +126,32 @@ struct Program {
         return ((b * spec.memories + memory) * spec.heads + h) * spec.width * spec.hidden;
     }
     T* of(T* base, int64_t memory) const { return base ? base + place(memory) : nullptr; }
-    void load_state(T* w1, T* w2, T* m1, T* m2, const State<T>& state) const {
-        const int64_t d = spec.width, u = spec.hidden;
+    void load_weights(T* w1, T* w2, const State<T>& state) const {
         for (int64_t m = 0; m < spec.memories; m++) {
-            load_turned(d, u, of(w1, m), s.d, s.u, state.w1(m)), load_turned(u, d, of(w2, m), s.u, s.d, state.w2(m));
-            load_turned(d, u, of(m1, m), s.d, s.u, state.m1(m)), load_turned(u, d, of(m2, m), s.u, s.d, state.m2(m));
+            load_turned(spec.width, spec.hidden, of(w1, m), s.d, s.u, state.w1(m));
+            load_turned(spec.hidden, spec.width, of(w2, m), s.u, s.d, state.w2(m));
         }
     }
-    void store_state(const State<T>& state, T* w1, T* w2, T* m1, T* m2) const {
-        const int64_t d = spec.width, u = spec.hidden;
+    void store_weights(const State<T>& state, T* w1, T* w2) const {
         for (int64_t m = 0; m < spec.memories; m++) {
-            store_turned(d, u, state.w1(m), s.d, s.u, of(w1, m)), store_turned(u, d, state.w2(m), s.u, s.d, of(w2, m));
-            store_turned(d, u, state.m1(m), s.d, s.u, of(m1, m)), store_turned(u, d, state.m2(m), s.u, s.d, of(m2, m));
+            store_turned(spec.width, spec.hidden, state.w1(m), s.d, s.u, of(w1, m));
+            store_turned(spec.hidden, spec.width, state.w2(m), s.u, s.d, of(w2, m));
         }
-    }
-    int size(int64_t chunk) const {
-        const int64_t left = spec.length - chunk * spec.chunk;
-        return int(left < spec.chunk ? left : spec.chunk);
     }
     void read_in(const View<T>& view, int64_t chunk, T* out) const {
-        load<T>(size(chunk), spec.width, view.place(b, h, chunk * spec.chunk), view.token, s.c, s.d, out);
+        load<T>(spec.tokens(chunk), spec.width, view.place(b, h, spec.begin(chunk)), view.token, s.c, s.d, out);
     }
     void write_out(const T* a, int64_t chunk, const View<T>& view) const {
-        store<T>(size(chunk), spec.width, a, s.d, view.place(b, h, chunk * spec.chunk), view.token);
+        store<T>(spec.tokens(chunk), spec.width, a, s.d, view.place(b, h, spec.begin(chunk)), view.token);
     }
     // what happens in a chunk, into ``r``; the state before it too where it is held
-    void run(int64_t chunk, const State<T>& state, Record<T>& r, Scratch<T>& tmp, T* y, bool hold) const {
+    void run(int64_t chunk, const State<T>& state, const State<T>& start, Record<T>& r, Scratch<T>& tmp, T* y,
+             bool hold) const {
         read_in(given.x, chunk, r.x), read_in(given.value, chunk, r.value), read_in(given.query, chunk, r.query);
-        r.size = size(chunk);
+        r.size = int(spec.tokens(chunk));
         if (hold) std::memcpy(r.state.base, state.base, sizeof(T) * spec.kept_numbers());
-        run_chunk(spec, head, state, r, tmp, y, chunk == spec.chunks() - 1);
+        const bool here = chunk || !spec.offset;
+        run_chunk(spec, head, state, here ? state : start, r, tmp, y, chunk == spec.chunks() - 1);
     }
 };
 
@@ -179,23 +177,27 @@ void forward(const Spec& spec, const Given<T>& given, const After<T>& after, int
     twice<T>([&](Layout<T>& room) {
         const Program<T> program(spec, given, number, room);
         const State<T> state{room.take(states), spec.memories, s.weights()};
+        const State<T> start{room.take(spec.origin_numbers()), spec.memories, s.weights()};
         Scratch<T> tmp;
         T* scratch = room.take(Scratch<T>::lay_out(s, nullptr, tmp));
         T* y = room.take(s.c * s.d);
         T* place = room.take(record_numbers<T>(spec));
         if (!room.base) return;
         Scratch<T>::lay_out(s, scratch, tmp);
-        program.load_state(given.w1, given.w2, given.m1, given.m2, state);
+        program.load_weights(given.w1, given.w2, state), program.load_weights(given.m1, given.m2, state.momenta());
+        if (spec.offset) program.load_weights(given.start1, given.start2, start);
         Record<T> r;
         lay_out(spec, place, r);
         const int64_t groups = (chunks + spec.keep - 1) / spec.keep;
         for (int64_t chunk = 0; chunk < chunks; chunk++) {
             if (given.kept && chunk % spec.keep == 0)
                 std::memcpy(given.kept + (number * groups + chunk / spec.keep) * kept, state.base, sizeof(T) * kept);
-            program.run(chunk, state, r, tmp, y, false);
+            const bool here = chunk || !spec.offset, goes_on = chunk == chunks - 1 && spec.open();
+            if (goes_on) program.store_weights(here ? state : start, after.start1, after.start2);
+            program.run(chunk, state, start, r, tmp, y, false);
             program.write_out(y, chunk, after.y);
         }
-        program.store_state(state, after.w1, after.w2, after.m1, after.m2);
+        program.store_weights(state, after.w1, after.w2), program.store_weights(state.momenta(), after.m1, after.m2);
     });
 }
 
@@ -210,6 +212,8 @@ void backward(const Spec& spec, const Given<T>& given, const Back<T>& back, int6
         const Program<T> program(spec, given, number, room);
         const State<T> state{room.take(states), spec.memories, s.weights()};
         const State<T> grads{room.take(states), spec.memories, s.weights()};
+        const State<T> start{room.take(spec.origin_numbers()), spec.memories, s.weights()};
+        const State<T> d_start{room.take(spec.origin_numbers()), spec.memories, s.weights()};
         Scratch<T> tmp;
         T* scratch = room.take(Scratch<T>::lay_out(s, nullptr, tmp));
         BackScratch<T> b;
@@ -228,25 +232,36 @@ void backward(const Spec& spec, const Given<T>& given, const Back<T>& back, int6
         if (!room.base) return;
         std::memset(room.base + begin, 0, sizeof(T) * (ending - begin));
         Scratch<T>::lay_out(s, scratch, tmp), BackScratch<T>::lay_out(s, back_scratch, b);
-        program.load_state(back.w1, back.w2, back.m1, back.m2, grads);
+        program.load_weights(back.w1, back.w2, grads), program.load_weights(back.m1, back.m2, grads.momenta());
+        program.load_weights(back.start1, back.start2, d_start);  // of the last chunk's start, then of the first's
+        if (spec.offset) program.load_weights(given.start1, given.start2, start);
         Record<T> r;
         for (int64_t first = (groups - 1) * group; first >= 0; first -= group) {
             const int64_t beyond = first + group < chunks ? first + group : chunks;
             std::memcpy(state.base, given.kept + (number * groups + first / group) * kept, sizeof(T) * kept);
             for (int64_t chunk = first; chunk < beyond; chunk++) {
                 lay_out(spec, records + (chunk - first) * record, r);
-                program.run(chunk, state, r, tmp, y, true);
+                program.run(chunk, state, start, r, tmp, y, true);
             }
             for (int64_t chunk = beyond - 1; chunk >= first; chunk--) {
                 lay_out(spec, records + (chunk - first) * record, r);
-                r.size = program.size(chunk);
+                r.size = int(spec.tokens(chunk));
                 program.read_in(back.dy, chunk, dy);
-                chunk_back(spec, program.head, r, grads, totals, b, dy, dx, d_value, d_query, chunk == chunks - 1);
+                const bool here = chunk || !spec.offset, last = chunk == chunks - 1;
+                if (!here) r.origin = start;
+                chunk_back(spec, program.head, r, grads, here ? grads : d_start, totals, b, dy, dx, d_value, d_query,
+                           last);
+                if (here && last && spec.open()) {
+                    add(spec.origin_numbers(), d_start.base, grads.base);
+                    std::memset(d_start.base, 0, sizeof(T) * spec.origin_numbers());
+                }
                 program.write_out(dx, chunk, back.dx), program.write_out(d_value, chunk, back.d_value);
                 program.write_out(d_query, chunk, back.d_query);
             }
         }
-        program.store_state(grads, back.d_w1, back.d_w2, back.d_m1, back.d_m2);
+        program.store_weights(grads, back.d_w1, back.d_w2),
+            program.store_weights(grads.momenta(), back.d_m1, back.d_m2);
+        program.store_weights(d_start, back.d_start1, back.d_start2);
         for (int64_t g = 0; g < spec.written; g++) {
             const int64_t at = (program.b * spec.written + g) * spec.heads + program.h;
             back.scales[at] = totals.scales[g];

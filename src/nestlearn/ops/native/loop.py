@@ -21,10 +21,11 @@ from nestlearn.ops.inner_loop import LoopInputs, LoopState, LoopTrained, parts
 from nestlearn.ops.native.call import run, structure
 
 NUMBERS = (
-    "batch", "heads", "length", "memories", "written", "width", "hidden", "chunk", "keep", "key", "value", "rate",
-    "retain", "query", "retention", "normalise", "anchored", "mixed",
+    "batch", "heads", "length", "memories", "written", "width", "hidden", "chunk", "keep", "offset",
+    "key", "value", "rate", "retain", "query", "retention", "normalise", "anchored", "mixed",
 )  # fmt: skip
 ENDS = ("w1", "w2", "m1", "m2")
+STARTS = ("start1", "start2")
 TRAINED = ("initial1", "initial2", "scales", "rate_weight", "rate_bias", "retain_weight", "retain_bias", "mix")
 
 
@@ -50,15 +51,17 @@ def _pointers(*names: str) -> dict[str, Any]:
 Spec = structure(
     "Spec", dict.fromkeys(NUMBERS, ctypes.c_int64) | dict.fromkeys(("momentum", "rate_max"), ctypes.c_double)
 )
-Given = structure("Given", _views("x", "value", "query") | _pointers(*ENDS, *TRAINED, "kept"))
-After = structure("After", _views("y") | _pointers(*ENDS))
+Given = structure("Given", _views("x", "value", "query") | _pointers(*ENDS, *TRAINED, *STARTS, "kept"))
+After = structure("After", _views("y") | _pointers(*ENDS, *STARTS))
 Back = structure(
     "Back",
     _views("dy")
-    | _pointers(*ENDS)
+    | _pointers(*ENDS, *STARTS)
     | _views("dx", "d_value", "d_query")
-    | _pointers(*(f"d_{n}" for n in ENDS), *TRAINED),
+    | _pointers(*(f"d_{n}" for n in (*ENDS, *STARTS)), *TRAINED),
 )
+Start = tuple[Tensor | None, Tensor | None]
+NOWHERE: Start = (None, None)
 
 
 def inner_loop(inputs: LoopInputs, state: LoopState, trained: LoopTrained, spec: LoopSpec) -> tuple[Tensor, LoopState]:
@@ -68,18 +71,32 @@ def inner_loop(inputs: LoopInputs, state: LoopState, trained: LoopTrained, spec:
         from nestlearn.ops.inner_loop_op import inner_loop_op
 
         return inner_loop_op(inputs, state, trained, spec, in_cpp=True)
-    if not torch.is_grad_enabled():
-        y, after, _ = run_loop(inputs, state, trained, spec, kept=False)
-        return y, LoopState(*after)
-    y, *after = _InnerLoop.apply(spec, *inputs, *state, *trained)  # pyright: ignore[reportGeneralTypeIssues]
-    return y, LoopState(*after)
+    return anywhere(inputs, state, NOWHERE, trained, spec, 0)[:2]
+
+
+def anywhere(
+    inputs: LoopInputs, state: LoopState, start: Start, trained: LoopTrained, spec: LoopSpec, offset: int
+) -> tuple[Tensor, LoopState, Start]:
+    """From anywhere in a chunk, of which ``offset`` tokens went before, with the weights that it started from.
+
+    Also returns the weights that the last chunk started from, None where it is at its end. ``start`` is not read at
+    offset 0.
+    """
+    spec, start = spec._replace(keep=max(1, spec.keep)), start if offset else NOWHERE
+    if torch.is_grad_enabled():
+        y, *ends = _InnerLoop.apply(spec, offset, *inputs, *state, *start, *trained)  # pyright: ignore[reportGeneralTypeIssues]
+    else:
+        y, ends, _ = run_loop(inputs, state, trained, spec, start, offset, kept=False)
+    *after, start1, start2 = ends
+    return y, LoopState(*after), (start1, start2)  # pyright: ignore[reportArgumentType]
 
 
 class _InnerLoop(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, spec: LoopSpec, *tensors: Tensor) -> tuple[Tensor, ...]:
-        y, after, kept = run_loop(*parts(tensors), spec)
-        ctx.spec = spec
+    def forward(ctx: Any, spec: LoopSpec, offset: int, *tensors: Tensor) -> tuple[Tensor | None, ...]:
+        inputs, state, trained = parts((*tensors[:7], *tensors[9:]))
+        y, after, kept = run_loop(inputs, state, trained, spec, (tensors[7], tensors[8]), offset)
+        ctx.spec, ctx.offset = spec, offset
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, kept)
         return y, *after
@@ -88,23 +105,32 @@ class _InnerLoop(torch.autograd.Function):
     @first_order
     def backward(ctx: Any, dy: Tensor | None, *d_state: Tensor | None) -> tuple[Any, ...]:
         *tensors, kept = ctx.saved_tensors
-        if dy is None:
-            dy = torch.zeros_like(tensors[0])
-        return None, *loop_back(*parts(tensors), kept, dy, d_state, ctx.spec)
+        inputs, state, trained = parts((*tensors[:7], *tensors[9:]))
+        dy, start = torch.zeros_like(inputs.x) if dy is None else dy, (tensors[7], tensors[8])
+        found = loop_back(inputs, state, trained, kept, dy, d_state, ctx.spec, start, ctx.offset)
+        return None, None, *found
 
 
 def run_loop(
-    inputs: LoopInputs, state: LoopState, trained: LoopTrained, spec: LoopSpec, *, kept: bool = True
-) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
-    """y, the state after, and the state at every ``keep``-th chunk."""
-    call = _Call(inputs, state, trained, spec)
-    memory = inputs.x.new_empty(kept_numbers(inputs.x.shape, state.w1.shape, spec) if kept else 0)
+    inputs: LoopInputs,
+    state: LoopState,
+    trained: LoopTrained,
+    spec: LoopSpec,
+    start: Start = NOWHERE,
+    offset: int = 0,
+    *,
+    kept: bool = True,
+) -> tuple[Tensor, tuple[Tensor | None, ...], Tensor]:
+    """y; the state after and what its last chunk started from; the state at every ``keep``-th chunk."""
+    call = _Call(inputs, state, trained, spec, start, offset)
+    memory = inputs.x.new_empty(kept_numbers(inputs.x.shape, state.w1.shape, spec, offset) if kept else 0)
     call.point_to(memory)
     batch, heads, length, width = inputs.x.shape
     y = inputs.x.new_empty(batch, length, heads, width).transpose(1, 2)
-    after = tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in state)
-    call.run("forward", After(View.of(y), *(t.data_ptr() for t in after)))
-    return y, after, memory
+    after = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (*state, *state[:2])]
+    ends = after if (offset + length) % spec.chunk else [*after[:4], None, None]
+    call.run("forward", After(View.of(y), *map(_place, ends)))
+    return y, tuple(ends), memory
 
 
 def loop_back(
@@ -115,18 +141,24 @@ def loop_back(
     dy: Tensor,
     d_state: Sequence[Tensor | None],
     spec: LoopSpec,
+    start: Start = NOWHERE,
+    offset: int = 0,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of everything given, in its order; None where they are 0 for certain, as those of ``d_state`` may be."""
-    call = _Call(inputs, state, trained, spec)
+    """Gradients of inputs, state, start and trained; None where they are 0 for certain, as those given may be.
+
+    d_state  of w1, w2, m1, m2 and the two weights that the last chunk started from
+    """
+    call = _Call(inputs, state, trained, spec, start, offset)
     call.point_to(kept)
     batch, written = len(dy), spec.written
     dy, d_after = _dense(dy), [t if t is None else t.contiguous() for t in d_state]
     d_inputs = [dy.new_empty(t.transpose(1, 2).shape).transpose(1, 2) for t in inputs]
     forgotten = spec.momentum == 0 and written == len(spec.names)  # the momenta given
     d_before = [
-        None if forgotten and n > 1 else torch.empty_like(t, memory_format=torch.contiguous_format)
-        for n, t in enumerate(state)
+        None if t is None else torch.empty_like(t, memory_format=torch.contiguous_format) for t in (*state, *start)
     ]
+    if forgotten:
+        d_before[2:4] = None, None
     d_initial = [t.new_empty(batch, *t[-written:].shape) if call.anchored else None for t in trained[:2]]
     others = [None if t is None else t.new_empty(batch, *t.shape) for t in trained[2:]]
     call.run(
@@ -153,11 +185,11 @@ def _place(t: Tensor | None) -> int | None:
     return None if t is None else t.data_ptr()
 
 
-def kept_numbers(inputs: Sequence[int], weights: Sequence[int], spec: LoopSpec) -> int:
+def kept_numbers(inputs: Sequence[int], weights: Sequence[int], spec: LoopSpec, offset: int = 0) -> int:
     """How many numbers keep the states, for inputs (B, H, T, d) and w1 (B, M, H, d, h)."""
     (batch, heads, length, width), hidden = inputs, weights[-1]
     padded = (width + 15) // 16 * 16 * ((hidden + 15) // 16 * 16)
-    chunks = (length + spec.chunk - 1) // spec.chunk
+    chunks = (offset + length + spec.chunk - 1) // spec.chunk
     groups = (chunks + spec.keep - 1) // spec.keep
     return batch * heads * groups * (4 if spec.momentum else 2) * len(spec.names) * padded
 
@@ -165,17 +197,19 @@ def kept_numbers(inputs: Sequence[int], weights: Sequence[int], spec: LoopSpec) 
 class _Call:
     """One problem as C++ sees it. Holds the tensors whose memory it points to."""
 
-    def __init__(self, inputs: LoopInputs, state: LoopState, trained: LoopTrained, spec: LoopSpec) -> None:
+    def __init__(
+        self, inputs: LoopInputs, state: LoopState, trained: LoopTrained, spec: LoopSpec, start: Start, offset: int
+    ) -> None:
         batch, heads, length, width = inputs.x.shape
         self.anchored, self.dtype = spec.anchored and spec.retention, inputs.x.dtype
         place = {name: number for number, name in enumerate(spec.names)}
         self.programs = batch * heads
         self.spec = Spec(
             batch, heads, length, len(spec.names), spec.written, width, state.w1.shape[-1], spec.chunk, spec.keep,
-            place["k"], place["v"], place["eta"], place["alpha"], place.get("q", -1), spec.retention, spec.normalise,
+            offset, place["k"], place["v"], place["eta"], place["alpha"], place.get("q", -1), spec.retention, spec.normalise,
             self.anchored, trained.mix is not None, spec.momentum, spec.rate_max,
         )  # fmt: skip
-        self.held = [*map(_dense, inputs), *(t if t is None else t.contiguous() for t in (*state, *trained))]
+        self.held = [*map(_dense, inputs), *(t if t is None else t.contiguous() for t in (*state, *trained, *start))]
         views, pointers = self.held[:3], map(_place, self.held[3:])
         self.given = Given(*map(View.of, views), *pointers, None)
 

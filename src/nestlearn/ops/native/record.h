@@ -18,6 +18,7 @@ struct Size {
 // Numbers of one problem, the same for all chunks; mirrored by loop.py.
 struct Spec {
     int64_t batch, heads, length, memories, written, width, hidden, chunk, keep;
+    int64_t offset;                           // tokens that the first chunk had already
     int64_t key, value, rate, retain, query;  // places of the slow memories; query −1: as given
     int64_t retention, normalise, anchored, mixed;
     double momentum, rate_max;
@@ -25,10 +26,16 @@ struct Spec {
         auto up = [](int64_t n) { return int((n + PAD - 1) / PAD * PAD); };
         return {up(chunk), up(width), up(hidden)};
     }
-    int64_t chunks() const { return (length + chunk - 1) / chunk; }
+    int64_t chunks() const { return (offset + length + chunk - 1) / chunk; }
+    int64_t begin(int64_t number) const { return number ? number * chunk - offset : 0; }
+    int64_t tokens(int64_t number) const {
+        return (number + 1 < chunks() ? begin(number + 1) : length) - begin(number);
+    }
+    bool open() const { return (offset + length) % chunk != 0; }  // whether the last chunk goes on
     int64_t fixed() const { return memories - written; }
     // one head's weights and momenta, in the padded, transposed form
     int64_t state_numbers() const { return 4 * memories * size().weights(); }
+    int64_t origin_numbers() const { return state_numbers() / 2; }
     // of these, first, what a chunk needs of the state before it: without momentum, the weights
     int64_t kept_numbers() const { return (momentum ? 4 : 2) * memories * size().weights(); }
 };
@@ -40,6 +47,7 @@ struct State {  // of one head, all memories
     int weights;
     T* w1(int64_t m) const { return base + m * weights; }
     T* w2(int64_t m) const { return base + (memories + m) * weights; }
+    State momenta() const { return {base + 2 * memories * weights, memories, weights}; }
     T* m1(int64_t m) const { return base + (2 * memories + m) * weights; }
     T* m2(int64_t m) const { return base + (3 * memories + m) * weights; }
 };
@@ -71,7 +79,9 @@ struct Read {  // y of the last memory
 
 template <class T>
 struct Record {      // one chunk
-    State<T> state;  // at its start, where it is held
+    State<T> state;  // before its first token here, where it is held
+    State<T>
+        origin;  // weights at its start, at which errors are taken: those of ``state`` unless it was begun elsewhere
     T *x, *value, *query;
     Applied<T> key, content, rate, retain, asked;
     T *k, *k_inverse, *v, *q, *q_inverse, *opened, *closed, *alpha, *own;
@@ -99,7 +109,7 @@ int64_t lay_out(const Spec& spec, T* base, Record<T>& r) {
     const Size s = spec.size();
     const int64_t cd = int64_t(s.c) * s.d, cu = int64_t(s.c) * s.u, cc = int64_t(s.c) * s.c;
     Layout<T> a{base};
-    r.state = {a.take(spec.kept_numbers()), spec.memories, s.weights()};
+    r.origin = r.state = {a.take(spec.kept_numbers()), spec.memories, s.weights()};
     for (T** p : {&r.x, &r.value, &r.query, &r.k, &r.v, &r.q}) *p = a.take(cd);
     for (Applied<T>* m : {&r.key, &r.content, &r.rate, &r.retain, &r.asked})
         m->hidden = a.take(cu), m->slope = a.take(cu);
