@@ -207,12 +207,11 @@ void read(const Spec& spec, const T* s1, const T* s2, const T* m1, const T* m2, 
     for (int64_t i = 0; i < int64_t(s.c) * s.d; i += LANES<T>) at(y + i) += at(r.q + i);
 }
 
-// y (C, D) and what happened; ``state`` becomes the one after the chunk. ``origin`` holds the weights at its start, and
-// is
-// ``state`` where it starts here. r holds x, value, query and size.
+// y (C, D) and what happened; with ``moves``, ``state`` becomes the one after the chunk. ``origin`` holds the weights
+// at its start, and is ``state`` where it starts here. r holds x, value, query and size.
 template <class T>
 void run_chunk(const Spec& spec, const Head<T>& head, const State<T>& state, const State<T>& origin, Record<T>& r,
-               Scratch<T>& tmp, T* y, bool last) {
+               Scratch<T>& tmp, T* y, bool last, bool moves) {
     const Size s = spec.size();
     const bool moment = spec.momentum != 0;
     const int64_t fixed = spec.fixed();
@@ -285,6 +284,7 @@ void run_chunk(const Spec& spec, const Head<T>& head, const State<T>& state, con
         solve(s.c, s.u, s.d, w.hidden, w.error, r.own, w.solve1, w.write1, w.gain1, w.reads1, tmp.erased1,
               tmp.updates1);
         if (g == spec.written - 1) read(spec, s1, s2, m1, m2, a1, a2, r, tmp, y);
+        if (!moves) continue;
         end(r, s, s.d, s.u, r.k, tmp.updates2, tmp.erased2, a2, moment, last, s2, state.m2(fixed + g), tmp.cu);
         end(r, s, s.u, s.d, w.hidden, tmp.updates1, tmp.erased1, a1, moment, last, s1, state.m1(fixed + g), tmp.cd);
     }

@@ -146,12 +146,12 @@ struct Program {
     }
     // what happens in a chunk, into ``r``; the state before it too where it is held
     void run(int64_t chunk, const State<T>& state, const State<T>& start, Record<T>& r, Scratch<T>& tmp, T* y,
-             bool hold) const {
+             bool hold, bool moves) const {
         read_in(given.x, chunk, r.x), read_in(given.value, chunk, r.value), read_in(given.query, chunk, r.query);
         r.size = int(spec.tokens(chunk));
         if (hold) std::memcpy(r.state.base, state.base, sizeof(T) * spec.kept_numbers());
         const bool here = chunk || !spec.offset;
-        run_chunk(spec, head, state, here ? state : start, r, tmp, y, chunk == spec.chunks() - 1);
+        run_chunk(spec, head, state, here ? state : start, r, tmp, y, chunk == spec.chunks() - 1, moves);
     }
 };
 
@@ -194,7 +194,7 @@ void forward(const Spec& spec, const Given<T>& given, const After<T>& after, int
                 std::memcpy(given.kept + (number * groups + chunk / spec.keep) * kept, state.base, sizeof(T) * kept);
             const bool here = chunk || !spec.offset, goes_on = chunk == chunks - 1 && spec.open();
             if (goes_on) program.store_weights(here ? state : start, after.start1, after.start2);
-            program.run(chunk, state, start, r, tmp, y, false);
+            program.run(chunk, state, start, r, tmp, y, false, true);
             program.write_out(y, chunk, after.y);
         }
         program.store_weights(state, after.w1, after.w2), program.store_weights(state.momenta(), after.m1, after.m2);
@@ -241,7 +241,7 @@ void backward(const Spec& spec, const Given<T>& given, const Back<T>& back, int6
             std::memcpy(state.base, given.kept + (number * groups + first / group) * kept, sizeof(T) * kept);
             for (int64_t chunk = first; chunk < beyond; chunk++) {
                 lay_out(spec, records + (chunk - first) * record, r);
-                program.run(chunk, state, start, r, tmp, y, true);
+                program.run(chunk, state, start, r, tmp, y, true, chunk + 1 < beyond);
             }
             for (int64_t chunk = beyond - 1; chunk >= first; chunk--) {
                 lay_out(spec, records + (chunk - first) * record, r);
