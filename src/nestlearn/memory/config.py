@@ -47,7 +47,7 @@ class SelfModifyingConfig:
     recompute             lean backward pass; False stores everything and allows higher derivatives
     keep_every            the lean backward pass keeps the state of every n-th chunk and computes the others again:
                           n >= 1, "auto" (4), or "sqrt", the root of the sequence's number of chunks: least memory;
-                          "all" keeps everything and computes nothing again, not in compiled graphs or Triton's kernels
+                          "all" keeps everything and computes nothing again, in plain torch only: elsewhere it is 1
     truncate              None, or n >= 1: gradients through the state stop at every n-th chunk boundary of a stream
     """
 
