@@ -127,6 +127,7 @@ def test_everything_kept_gives_the_same_bits_and_may_be_walked_twice():
 
 def test_keeping_fewer_states_takes_less_memory(monkeypatch):
     monkeypatch.setenv("NESTLEARN_KERNELS", "torch")  # C++ always runs chunks again
+
     def held(keep, length=LENGTH) -> int:
         sizes = []
         memory = build(chunk=2, memory_chunk=2, keep_every=keep)

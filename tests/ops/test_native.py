@@ -170,3 +170,13 @@ def test_it_is_compiled_once_for_each_machine_and_source(monkeypatch, tmp_path):
     monkeypatch.setattr(build, "_compile", lambda *given: pytest.fail("compiled again"))
     build.library.__wrapped__()
     assert made.exists()
+
+
+def test_a_tensor_of_another_dtype_is_refused_before_it_is_read():
+    memory = memory_of(BASE, torch.float32)
+    memory.rate_read.weight.data = memory.rate_read.weight.data.double()
+    x = torch.randn(1, 5, 2, 12)
+    with forcing("native"), torch.no_grad():
+        _, state = memory(x, x)
+        with pytest.raises(TypeError, match="given torch.float64 on cpu, expected torch.float32"):
+            memory(x[:, :1], x[:, :1], state)

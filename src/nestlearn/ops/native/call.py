@@ -10,6 +10,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from nestlearn.ops.native.build import library
 
@@ -39,6 +40,18 @@ def run(name: str, dtype: torch.dtype, programs: int, *given: Any, threads: int 
         return part(0, programs)
     edges = [programs * i // workers for i in range(workers + 1)]
     list(_pool(os.getpid(), workers).map(part, edges[:-1], edges[1:]))
+
+
+def ready(t: Tensor, dtype: torch.dtype, *, strided: bool = False) -> Tensor:
+    """With its numbers in order, ``strided``: those of its last dimension. C++ would not notice a wrong dtype."""
+    if t.dtype != dtype or t.device.type != "cpu":
+        raise TypeError(f"C++ was given {t.dtype} on {t.device}, expected {dtype} on cpu, as its other tensors are")
+    return t if strided and t.stride(-1) == 1 else t.contiguous()
+
+
+def address(t: Tensor | None) -> int | None:
+    """Where its first number is."""
+    return None if t is None else t.data_ptr()
 
 
 @cache

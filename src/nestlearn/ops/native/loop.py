@@ -18,7 +18,7 @@ from torch import Tensor
 from nestlearn.ops.first_order import first_order
 from nestlearn.ops.inner_chunk import LoopSpec
 from nestlearn.ops.inner_loop import LoopInputs, LoopState, LoopTrained, parts
-from nestlearn.ops.native.call import run, structure
+from nestlearn.ops.native.call import address, ready, run, structure
 
 NUMBERS = (
     "batch", "heads", "length", "memories", "written", "width", "hidden", "chunk", "keep", "offset",
@@ -129,7 +129,7 @@ def run_loop(
     y = inputs.x.new_empty(batch, length, heads, width).transpose(1, 2)
     after = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (*state, *state[:2])]
     ends = after if (offset + length) % spec.chunk else [*after[:4], None, None]
-    call.run("forward", After(View.of(y), *map(_place, ends)))
+    call.run("forward", After(View.of(y), *map(address, ends)))
     return y, tuple(ends), memory
 
 
@@ -151,7 +151,8 @@ def loop_back(
     call = _Call(inputs, state, trained, spec, start, offset)
     call.point_to(kept)
     batch, written = len(dy), spec.written
-    dy, d_after = _dense(dy), [t if t is None else t.contiguous() for t in d_state]
+    dtype = inputs.x.dtype
+    dy, d_after = ready(dy, dtype, strided=True), [t if t is None else ready(t, dtype) for t in d_state]
     d_inputs = [dy.new_empty(t.transpose(1, 2).shape).transpose(1, 2) for t in inputs]
     forgotten = spec.momentum == 0 and written == len(spec.names)  # the momenta given
     d_before = [
@@ -161,12 +162,8 @@ def loop_back(
         d_before[2:4] = None, None
     d_initial = [t.new_empty(batch, *t[-written:].shape) if call.anchored else None for t in trained[:2]]
     others = [None if t is None else t.new_empty(batch, *t.shape) for t in trained[2:]]
-    call.run(
-        "backward",
-        Back(
-            View.of(dy), *map(_place, d_after), *map(View.of, d_inputs), *map(_place, (*d_before, *d_initial, *others))
-        ),
-    )
+    results = (*d_before, *d_initial, *others)
+    call.run("backward", Back(View.of(dy), *map(address, d_after), *map(View.of, d_inputs), *map(address, results)))
     anchors = (None if t is None else _whole(_rows(t), like) for t, like in zip(d_initial, trained[:2], strict=True))
     return *d_inputs, *d_before, *anchors, *(None if t is None else _rows(t) for t in others)
 
@@ -179,10 +176,6 @@ def _rows(t: Tensor) -> Tensor:
 def _whole(found: Tensor, like: Tensor) -> Tensor:
     """With zeros for the memories that are not written, in front."""
     return found if len(found) == len(like) else torch.cat([torch.zeros_like(like[: -len(found)]), found])
-
-
-def _place(t: Tensor | None) -> int | None:
-    return None if t is None else t.data_ptr()
 
 
 def kept_numbers(inputs: Sequence[int], weights: Sequence[int], spec: LoopSpec, offset: int = 0) -> int:
@@ -206,12 +199,13 @@ class _Call:
         self.programs = batch * heads
         self.spec = Spec(
             batch, heads, length, len(spec.names), spec.written, width, state.w1.shape[-1], spec.chunk, spec.keep,
-            offset, place["k"], place["v"], place["eta"], place["alpha"], place.get("q", -1), spec.retention, spec.normalise,
-            self.anchored, trained.mix is not None, spec.momentum, spec.rate_max,
+            offset, place["k"], place["v"], place["eta"], place["alpha"], place.get("q", -1),
+            spec.retention, spec.normalise, self.anchored, trained.mix is not None, spec.momentum, spec.rate_max,
         )  # fmt: skip
-        self.held = [*map(_dense, inputs), *(t if t is None else t.contiguous() for t in (*state, *trained, *start))]
-        views, pointers = self.held[:3], map(_place, self.held[3:])
-        self.given = Given(*map(View.of, views), *pointers, None)
+        views = [ready(t, self.dtype, strided=True) for t in inputs]
+        others = [t if t is None else ready(t, self.dtype) for t in (*state, *trained, *start)]
+        self.held = [*views, *others]
+        self.given = Given(*map(View.of, views), *map(address, others), None)
 
     def point_to(self, kept: Tensor) -> None:
         """Where the states are kept; nowhere if it has no numbers."""
@@ -221,8 +215,3 @@ class _Call:
     def run(self, name: str, results: Any) -> None:
         """All programs, forwards or backwards."""
         run(name, self.dtype, self.programs, self.spec, self.given, results)
-
-
-def _dense(t: Tensor) -> Tensor:
-    """With numbers of a token side by side."""
-    return t if t.stride(-1) == 1 else t.contiguous()

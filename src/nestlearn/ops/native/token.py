@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nestlearn.ops.inner_loop import LoopInputs, LoopState
-from nestlearn.ops.native.call import run, structure
+from nestlearn.ops.native.call import address, ready, run, structure
 
 MOST_MEMORIES = 6  # as in record.h
 OBJECTIVES = ("dot", "l2", "mix")
@@ -82,15 +82,16 @@ def one_token(
     """
     batch, heads, _ = inputs.x.shape
     spec = _spec(rule, *inputs.x.shape, state.w1.shape[-1])
-    held = [None if t is None else t.contiguous() for t in (*inputs, *state, *origin, *trained[:5])]
-    memory = [[t.contiguous() for t in given] for given in (trained.scales, *zip(*trained.anchors, strict=True))]
+    dtype, tensors = inputs.x.dtype, (*inputs, *state, *origin, *trained[:5])
+    held = [t if t is None else ready(t, dtype) for t in tensors]
+    memory = [[ready(t, dtype) for t in given] for given in (trained.scales, *zip(*trained.anchors, strict=True))]
     tables = [_table(given) for given in memory] + [_table([])] * (3 - len(memory))
     after = LoopState(*(torch.empty_like(t) for t in held[3:7] if t is not None))
     y = torch.empty_like(inputs.x, memory_format=torch.contiguous_format)
-    given = Given(*(None if t is None else t.data_ptr() for t in held), *tables)
+    given = Given(*map(address, held), *tables)
     results = After(*(t.data_ptr() for t in (y, *after)))
     threads = max(1, min(torch.get_num_threads(), state.w1.numel() // WORK))
-    run("token", inputs.x.dtype, batch * heads, spec, given, results, threads=threads)
+    run("token", dtype, batch * heads, spec, given, results, threads=threads)
     return y, after
 
 
