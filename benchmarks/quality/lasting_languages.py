@@ -17,8 +17,9 @@ measure  lesson A, then lesson B, each read once; both languages are asked befor
          n times over each lesson
 
 Measured, on sentences that no lesson had: the share of right translations of 4; nats of the right English, which cost
-who knows what can be said, but not the language, log(nouns · (nouns − 1) · verbs); nats of the sentence itself. Rates
-are chosen on other languages, by the nats of English in the language that was just read.
+who knows what can be said, but not the language, log(nouns · (nouns − 1) · verbs); nats of the sentence
+itself; nats of the English of a word (at most log(nouns + verbs) for the same). Rates are chosen on other languages,
+by the nats of words and of English in the language that was just read.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ from benchmarks.quality.common import about
 from benchmarks.quality.lasting_text import TESTED, TRAINED, TUNED
 from nestlearn import HopeForCausalLM, online_levels
 from nestlearn.continual.invented import words
-from nestlearn.continual.languages import Language, Material, Meaning, english, invent, lesson, meanings
+from nestlearn.continual.languages import Language, Material, Meaning, english, invent, meanings
 
 Result = dict[str, Any]
 NOUNS = (
@@ -59,7 +60,7 @@ VERBS = (
 )  # fmt: skip
 STOCK = words(random.Random(0), 64)
 TOKEN = r"\n|\w+|[.:]"
-FORM = ("\n", ".", ":", "In", "English", "means", "the")
+FORM = ("\n", ".", ":", "In", "English", "the")
 _KNOWN = [*FORM, *NOUNS, *VERBS, *STOCK, *(word.capitalize() for word in STOCK)]
 VOCABULARY = {word: i for i, word in enumerate(_KNOWN)}
 Answers = list[tuple[list[int], list[list[int]]]]  # prompt, and the answers to choose from, the right one first
@@ -92,7 +93,8 @@ class Text:
         self, draw: random.Random, language: Language, said: Sequence[Meaning], periods: int, words: float = 0.5
     ) -> list[int]:
         """The dictionary, then its lines again and sentences with their English, mixed: so many tokens."""
-        ids, end = self.encode(lesson(language, [])), periods * self.period
+        words_first = "".join(f"{own} {known}.\n" for known, own in language.lexicon.items())
+        ids, end = self.encode(words_first), periods * self.period
         while len(ids) < end:
             prompt, answer = self.line(draw, language, said, words)
             ids += prompt + answer
@@ -104,7 +106,7 @@ class Text:
         """A word or, of the share 1 − ``words``, a sentence, and its English."""
         if draw.random() < words:
             known, own = draw.choice([*language.lexicon.items()])
-            return self.encode(f"{own} means"), self.encode(f"{known}.\n")
+            return self.encode(own), self.encode(f"{known}.\n")
         prompt, choices = self.translations(language, [draw.choice(said)])[0]
         return prompt, choices[0]
 
@@ -115,6 +117,9 @@ class Text:
             prompt = f"In {language.name}: {language.say(meaning)}. In English:"
             found.append((self.encode(prompt), [self.encode(f"{english(m)}.\n") for m in others]))
         return found
+
+    def words(self, language: Language) -> Answers:
+        return [(self.encode(f"\n{own}"), [self.encode(f"{known}.")]) for known, own in language.lexicon.items()]
 
     def sentences(self, language: Language, said: Sequence[Meaning]) -> Answers:
         return [(self.encode(f"In {language.name}:"), [self.encode(f"{language.say(m)}.")]) for m in said]
@@ -130,7 +135,7 @@ class Text:
             ids = [token for own in languages for token in self.lesson(draw, own, taught, periods, words)]
             answers, end = [False] * len(ids), len(ids) + self.period + 1
             while len(ids) < end:
-                prompt, answer = self.line(draw, draw.choice(languages), new, max(0.0, 2 * words - 1))
+                prompt, answer = self.line(draw, draw.choice(languages), new, words)
                 ids += prompt + answer
                 answers += [False] * len(prompt) + [True] * (len(answer) - 1) + [False]
             made.append(ids[:end])
@@ -156,10 +161,19 @@ def train_all(args: argparse.Namespace) -> None:
     """The base, then what goes on from it."""
     text, base = text_of(args), lasting.folder(args, "base")
     if not base.exists():
-        draw, learner = random.Random(args.seed), InOneContext(lasting.make_model(args, len(VOCABULARY)))
+        draw, learner = (
+            random.Random(args.seed),
+            InOneContext(
+                lasting.make_model(args, len(VOCABULARY), num_attention_heads=args.heads, initializer_range=0.08)
+            ),
+        )
         done = lasting.train(
             cast(Any, learner),
-            lambda share: text.batch(draw, args.base_batch, 1, args.each, 0.5 + max(0.0, 0.5 - share)),
+            lambda share: (
+                text.batch(draw, 2 * args.base_batch, 1, 0, 1.0)
+                if share < args.alone
+                else text.batch(draw, args.base_batch, 1, args.each)
+            ),
             args.base_steps,
             args.base_rate,
         )
@@ -252,14 +266,14 @@ def in_sequence(reader: Reader, seeds: Sequence[int], args: argparse.Namespace) 
 
 
 def _asked(reader: Reader, text: Text, languages: Sequence[Language], said: Sequence[list[Meaning]]) -> Result:
-    right, english_nats, own_nats = [], [], []
+    found: dict[str, list[float]] = {"right": [], "english": [], "sentence": [], "word": []}
     for row, (language, new) in enumerate(zip(languages, said, strict=True)):
         for nats in reader.nats(row, text.translations(language, new)):
-            right.append(float(nats[0] < min(nats[1:])))
-            english_nats.append(nats[0])
-        own_nats += [nats[0] for nats in reader.nats(row, text.sentences(language, new))]
-    means = [round(sum(part) / len(part), 4) for part in (right, english_nats, own_nats)]
-    return dict(zip(("right", "english", "sentence"), means, strict=True))
+            found["right"].append(float(nats[0] < min(nats[1:])))
+            found["english"].append(nats[0])
+        found["sentence"] += [nats[0] for nats in reader.nats(row, text.sentences(language, new))]
+        found["word"] += [nats[0] for nats in reader.nats(row, text.words(language))]
+    return {kind: round(sum(own) / len(own), 4) for kind, own in found.items()}
 
 
 def readers(args: argparse.Namespace) -> dict[str, tuple[Callable[[float], Reader], Sequence[float]]]:
@@ -291,7 +305,8 @@ def measure(args: argparse.Namespace) -> Result:
         begin, costs = time.process_time(), {}
         for rate in rates if len(rates) > 1 else ():
             tried = in_sequence(make(rate), TUNED, argparse.Namespace(**vars(args) | {"streams": len(TUNED)}))
-            costs[rate] = tried["after the first"][0]["english"] + tried["after the second"][1]["english"]
+            last = (tried["after the first"][0], tried["after the second"][1])
+            costs[rate] = sum(own["english"] + own["word"] for own in last)
         rate = min(costs, key=lambda rate: costs[rate]) if costs else rates[0]
         own = in_sequence(make(rate), TESTED[: args.streams], args)
         found["results"][name] = {"rate": rate, **own, "seconds": round(time.process_time() - begin)}
@@ -308,12 +323,13 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--mixer", default="gated_delta", help="also transformer, and self_modifying, which is HOPE")
     parser.add_argument("--orders", nargs="+", choices=["base", *lasting.ORDERS], default=["base", "none", "exact"])
     parser.add_argument("--text", default="languages", help="the folder's name begins with it")
-    whole = {"--seed": 0, "--width": 64, "--layers": 3, "--base-steps": 1500, "--base-batch": 8, "--steps": 600,
-             "--batch": 4, "--period": 120, "--each": 2, "--lesson": 0, "--nouns": 8, "--verbs": 4,
+    whole = {"--seed": 0, "--width": 64, "--layers": 3, "--heads": 1, "--base-steps": 1500, "--base-batch": 8,
+             "--steps": 600, "--batch": 4, "--period": 96, "--each": 2, "--lesson": 0, "--nouns": 6, "--verbs": 3,
              "--streams": len(TESTED), "--asked": 24}  # fmt: skip
     for name, default in whole.items():
         parser.add_argument(name, type=int, default=default)
     parser.add_argument("--base-rate", type=float, default=3e-3)
+    parser.add_argument("--alone", type=float, default=0.4, help="share of the base's steps on words without sentences")
     parser.add_argument("--rate", type=float, default=2e-3, help="of AdamW, when going on")
     parser.add_argument("--inner-rate", type=float, default=1.0, help="that the learned ones start from")
     parser.add_argument("--curriculum", type=int, nargs="+", default=[1, 1, 2], help="languages, in equal shares")
