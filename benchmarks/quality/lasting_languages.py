@@ -226,12 +226,15 @@ class Tuned:
     """A copy of the base for each stream, changed by AdamW at every period, ``passes`` times over what is read."""
 
     def __init__(self, order: str, passes: int, rate: float, args: argparse.Namespace) -> None:
-        model = HopeForCausalLM.from_pretrained(lasting.folder(args, order)).eval()
-        self.models = [copy.deepcopy(model) for _ in range(args.streams)]
-        self.optimizers = [torch.optim.AdamW(own.parameters(), rate, weight_decay=0.0) for own in self.models]
-        self.passes, self.period = passes, args.period
+        self.start = HopeForCausalLM.from_pretrained(lasting.folder(args, order)).eval()
+        self.models: list[HopeForCausalLM] = []
+        self.optimizers: list[torch.optim.Optimizer] = []
+        self.passes, self.period, self.rate = passes, args.period, rate
 
     def read(self, rows: Sequence[list[int]]) -> None:
+        if not self.models:
+            self.models = [copy.deepcopy(self.start) for _ in rows]
+            self.optimizers = [torch.optim.AdamW(m.parameters(), self.rate, weight_decay=0.0) for m in self.models]
         for model, optimizer, row in zip(self.models, self.optimizers, rows, strict=True):
             for piece in torch.tensor(row).split(self.period) * self.passes:
                 loss = model(input_ids=piece[None], labels=piece[None]).loss
@@ -240,7 +243,7 @@ class Tuned:
                 optimizer.step()
 
     def nats(self, row: int, asked: Answers) -> list[list[float]]:
-        return _nats(self.models[row], {}, asked)
+        return _nats(self.models[row] if self.models else self.start, {}, asked)
 
 
 Reader = Levels | InContext | Tuned
