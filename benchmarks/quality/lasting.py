@@ -64,16 +64,16 @@ CHOICES, SIZES = 4, (4, 8, 16)  # answers of a question; people of an encyclopae
 MEMORY = {"recompute": False, "hidden_width": 16, "retain_start": 0.998}  # names are repeated after dozens of tokens
 
 
-def make_model(args: argparse.Namespace) -> HopeForCausalLM:
+def make_model(args: argparse.Namespace, words: int | None = None, **settings: Any) -> HopeForCausalLM:
     torch.manual_seed(args.seed)
     levels = [{"name": name, "period": n + 1} for n, name in enumerate(LEVELS)]  # all learn at every step of training
-    return HopeForCausalLM(
-        HopeConfig(
-            vocab_size=tokenizer().get_vocab_size(), hidden_size=args.width, num_hidden_layers=args.layers,
-            num_attention_heads=4, intermediate_size=4 * args.width, mixer=args.mixer, levels=levels,
-            initializer_range=args.width**-0.5, memory=MEMORY if args.mixer == "self_modifying" else None,
-        )
-    )  # fmt: skip
+    told: dict[str, Any] = {
+        "vocab_size": words or tokenizer().get_vocab_size(), "hidden_size": args.width,
+        "num_hidden_layers": args.layers, "num_attention_heads": 4,
+        "intermediate_size": 4 * args.width, "mixer": args.mixer, "levels": levels,
+        "initializer_range": args.width**-0.5, "memory": MEMORY if args.mixer == "self_modifying" else None,
+    }  # fmt: skip
+    return HopeForCausalLM(HopeConfig(**told | settings))
 
 
 def forbidden() -> frozenset[str]:

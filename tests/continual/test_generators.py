@@ -3,7 +3,7 @@
 import pytest
 
 from nestlearn.continual.facts import FORMS, encyclopaedia
-from nestlearn.continual.languages import Language, Meaning, Noun, english, invent, lesson, meanings
+from nestlearn.continual.languages import Language, Material, Meaning, Noun, english, invent, lesson, meanings
 from nestlearn.errors import UserError
 
 
@@ -50,6 +50,19 @@ def test_languages_share_no_word_and_no_order_and_say_different_things_different
     said = meanings(seed=1, count=300)
     assert len(set(said)) == len({one.say(m) for m in said}) == len({english(m) for m in said}) == 300
     assert all(word in lesson(one, []) for word in one.lexicon.values())
+
+
+def test_plain_languages_of_a_stock():
+    material, stock = Material(("dog", "king", "fox"), (("hit", "hit"),), plain=True), [f"w{i}" for i in range(10)]
+    one, two = invent(0, 2, material, stock)
+    assert {*one.lexicon.values(), *two.lexicon.values()} <= {*stock} and one.lexicon.keys() == {*material.nouns, "hit"}
+    said = meanings(1, 6, material)
+    assert {word for m in said for word in one.say(m).split()} == {*one.lexicon.values()}
+    assert all(english(m) == f"the {m.subject.word} hit the {m.object.word}" for m in said)
+    with pytest.raises(UserError, match="only 6"):
+        meanings(0, 7, material)
+    with pytest.raises(UserError, match="need 15"):
+        invent(0, 3, material, stock)
 
 
 def test_bad_counts_are_refused():

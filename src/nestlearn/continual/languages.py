@@ -9,6 +9,7 @@ and endings for the plural, the object and the past. A sentence says who did wha
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import permutations
 
@@ -21,6 +22,15 @@ VERBS = (("see", "saw"), ("find", "found"), ("carry", "carried"), ("follow", "fo
 ADJECTIVES = ("old", "small", "red", "quiet", "strong", "young")
 PLURALS = {"wolf": "wolves", "child": "children", "fish": "fishes"}
 ORDERS = tuple(permutations("SVO"))
+
+
+@dataclass(frozen=True)
+class Material:
+    """What there is to say; if plain, no adjectives, no plurals, no endings, and all of it in the past."""
+
+    nouns: tuple[str, ...] = NOUNS
+    verbs: tuple[tuple[str, str], ...] = VERBS
+    plain: bool = False
 
 
 @dataclass(frozen=True)
@@ -68,13 +78,23 @@ class Language:
         return "".join(f"{own} means {english}.\n" for english, own in self.lexicon.items())
 
 
-def invent(seed: int, count: int = 2) -> list[Language]:
-    """Languages that share no word and no order."""
+def invent(
+    seed: int, count: int = 2, material: Material = Material(), stock: Sequence[str] | None = None
+) -> list[Language]:
+    """Languages that share no word and no order, with words for what the material can say.
+
+    stock  words to take: what a word of it means differs from seed to seed. None: words are built anew
+    """
     if not 1 <= count <= len(ORDERS):
         raise UserError(f"count is {count}: must lie within 1 and {len(ORDERS)}, as each language has its own order")
     draw = random.Random(seed)
-    english = [*NOUNS, *(verb for verb, _ in VERBS), *ADJECTIVES]
-    own, endings = words(draw, count * (len(english) + 1)), words(draw, 3 * count, syllables=1)
+    english = [*material.nouns, *(verb for verb, _ in material.verbs)]
+    english += [] if material.plain else ADJECTIVES
+    needed = count * (len(english) + 1)
+    if stock is not None and len(stock) < needed:
+        raise UserError(f"stock has {len(stock)} words: {count} languages need {needed}; give more words")
+    own = words(draw, needed) if stock is None else draw.sample(stock, needed)
+    endings = [""] * (3 * count) if material.plain else words(draw, 3 * count, syllables=1)
     orders = draw.sample(ORDERS, count)
     return [
         Language(
@@ -95,12 +115,18 @@ def english(meaning: Meaning) -> str:
     return f"{_english_noun(meaning.subject)} {verb} {_english_noun(meaning.object)}"
 
 
-def meanings(seed: int, count: int) -> list[Meaning]:
+def meanings(seed: int, count: int, material: Material = Material()) -> list[Meaning]:
     """``count`` different meanings. The same seed gives the same ones, to say them in several languages."""
+    nouns, verbs = material.nouns, material.verbs
+    if material.plain and count > (most := len(nouns) * (len(nouns) - 1) * len(verbs)):
+        raise UserError(f"count is {count}: only {most} different things can be said; ask for fewer")
     draw, found = random.Random(seed), {}
     while len(found) < count:
-        subject, other = draw.sample(NOUNS, 2)
-        meaning = Meaning(_noun(draw, subject), draw.choice(VERBS), _noun(draw, other), draw.random() < 0.5)
+        subject, other = draw.sample(nouns, 2)
+        if material.plain:
+            meaning = Meaning(Noun(subject, False, None), draw.choice(verbs), Noun(other, False, None), True)
+        else:
+            meaning = Meaning(_noun(draw, subject), draw.choice(verbs), _noun(draw, other), draw.random() < 0.5)
         found[meaning] = None
     return list(found)
 
