@@ -16,7 +16,7 @@ stream as it was after each document (continual/recall.py), one forward more for
 A model trained on T tokens is asked in windows of T; attention's cache is emptied every T tokens, HOPE's state never.
 
 domains    source of the standard library (held out), a novel, WikiText-2, Shakespeare, another novel: each read once,
-           in this order; bits per byte of another part of each, before any and after each
+           in this order; bits per byte of another part of each, before any and after each, and what reading cost
 facts      a made-up encyclopaedia, then a novel; answers chosen among ``--choices``
 languages  two invented languages, one after the other
 written    two novels, a stream each, then written into the slow weights by every method of `consolidate`: what the new
@@ -46,6 +46,7 @@ from nestlearn.continual.languages import invent, meanings
 from nestlearn.continual.online_level import is_linear
 from nestlearn.continual.online_reader import OnlineReader
 from nestlearn.continual.reading import (
+    Reader,
     domains_in_sequence,
     forgotten,
     gain_by_position,
@@ -103,6 +104,19 @@ class Run:
         return [replace(level, period=p, lr=rate, **settings) for level, p in zip(found, periods, strict=True)]
 
 
+class Timed:
+    """A reader that keeps count of the processor seconds and bytes of what it reads; being asked is not counted."""
+
+    def __init__(self, reader: Reader) -> None:
+        self.bits, self._read, self.seconds, self.bytes = reader.bits, reader.read, 0.0, 0
+
+    def read(self, text: str) -> np.ndarray:
+        started = time.process_time()
+        bits = self._read(text)
+        self.seconds, self.bytes = self.seconds + time.process_time() - started, self.bytes + len(text.encode())
+        return bits
+
+
 def novel(data: Path, name: str) -> str:
     rows = map(json.loads, plain(data, "books_eltec_eng/eltec_eng_val.jsonl.xz").splitlines())
     return next(row["text"] for row in rows if row["id"] == name)
@@ -129,8 +143,11 @@ def read_domains(reader: OnlineReader, args: argparse.Namespace) -> Result:
     texts, size, asked = domains(args.data), args.bytes, args.asked
     read = [[text[APART : APART + size]] for text in texts.values()]
     held_out = [text[2 * APART + size :][:asked] for text in texts.values()]
-    measured, curves = domains_in_sequence(reader, read, held_out)
+    timed = Timed(reader)
+    measured, curves = domains_in_sequence(timed, read, held_out)
     return {
+        "processor_ms_per_byte": round(1e3 * timed.seconds / timed.bytes, 3),
+        "parameters": reader.learner.model.num_parameters(),
         "domains": list(texts),
         "bits_per_byte": measured.round(4).tolist(),
         "forgotten": forgotten(measured).round(5).tolist(),

@@ -48,6 +48,7 @@ def test_domains_frozen_adapted_and_gone_on_with(folder, capsys):
     assert list(found["results"]) == [f"hope {n}" for n in names] + [f"transformer {names[i]}" for i in (0, 1, 3)]
     for name, result in found["results"].items():
         measured = np.array(result["bits_per_byte"])
+        assert result["processor_ms_per_byte"] > 0 and result["parameters"] > 1_000
         assert measured.shape == (6, 5) and (np.ptp(measured, axis=0) == 0).all() == ("frozen" in name)
         gains = script.gains(found["results"][name.split()[0] + " frozen"], result)
         assert all(len(g) == script.WINDOWS for g in gains["gain_by_position"])
