@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from nestlearn import OnlineLearner, OnlineLevel, online_levels, stack_levels
+from nestlearn import HopeConfig, HopeForCausalLM, OnlineLearner, OnlineLevel, online_levels, stack_levels
 from nestlearn.continual.seam import active
 from nestlearn.errors import UserError
 from tests.continual.models import MODELS, VOCABULARY, gpt2, hope, levels, llama, text
@@ -306,3 +306,13 @@ def test_a_models_own_levels_take_any_setting_but_their_weights():
     assert {(level.period, level.lr, level.bound) for level in levels} == {(4, 0.25, 0.5)} and len(levels) > 1
     with pytest.raises(UserError, match="takes no 'weights'"):
         online_levels(hope(), weights=["lm_head"])
+
+
+def test_a_weight_that_is_read_without_its_module_is_refused():
+    config = HopeConfig(
+        vocab_size=32, hidden_size=16, num_attention_heads=2, num_hidden_layers=1, mixer="window-attention"
+    )
+    model = HopeForCausalLM(config)
+    learner = OnlineLearner(model, [OnlineLevel("all", 8, ("model.blocks.0.mixer.project",))])
+    with pytest.raises(UserError, match="project' was not called"):
+        learner.read(torch.randint(0, 32, (1, 8)))
