@@ -203,8 +203,8 @@ def gradients(loss: Tensor, tape: dict[str, list[tuple[Tensor, Tensor]]]) -> dic
     for path, pairs in tape.items():
         if not pairs:
             raise UserError(
-                f"module {path!r} was not called, though the model was: where its weight is read by itself, or modules are "
-                "chosen among, no stream can hold a change of it; leave it out of the levels"
+                f"module {path!r} was not called, though the model was: where its weight is read by itself, or modules "
+                "are chosen among, no stream can hold a change of it; leave it out of the levels"
             )
     outputs = [y for pairs in tape.values() for _, y in pairs]
     found = iter(torch.autograd.grad(loss.sum(), outputs, allow_unused=True))

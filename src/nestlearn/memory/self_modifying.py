@@ -201,9 +201,10 @@ class SelfModifyingMemory(nn.Module):
         """What `one_token` needs; the initial weights only where retention pulls towards them."""
         c, rate, retain = self.config, self.rate_read, self.retain_read
         mix = torch.stack([self.mix[n].logits for n in c.written]).sigmoid() if self.mix else None  # pyright: ignore
-        memories = [self.initial[n] for n in c.written] if c.retain_to == "initial" and c.retention else []
+        initial, scale = self.initial, self.rate_scale
+        memories = [initial[n] for n in c.written] if c.retain_to == "initial" and c.retention else []
         trained = TokenTrained(
-            rate.weight, rate.bias, retain.weight, retain.bias, mix, [self.rate_scale[n] for n in c.written],
+            rate.weight, rate.bias, retain.weight, retain.bias, mix, [scale[n] for n in c.written],
             [(m.w1, m.w2) for m in memories],  # pyright: ignore[reportArgumentType]
         )  # fmt: skip
         return trained if rate.bias.dtype == dtype else trained.to(dtype)

@@ -47,7 +47,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """x / rms(x) over the last dimension, times ``weight``. Except on the CPU torch has the lean form itself."""
     if x.device.type == "cpu" and torch.is_grad_enabled():
         return _RMSNorm.apply(x, weight, eps)  # pyright: ignore[reportReturnType]
-    return F.rms_norm(x, x.shape[-1:], weight, eps)
+    return torch.rms_norm(x, x.shape[-1:], weight, eps)
 
 
 class _Gated(torch.autograd.Function):

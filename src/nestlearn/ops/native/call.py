@@ -44,7 +44,9 @@ def run(name: str, dtype: torch.dtype, programs: int, *given: Any, threads: int 
 
 def ready(t: Tensor, dtype: torch.dtype, *, strided: bool = False) -> Tensor:
     """With its numbers in order, ``strided``: those of its last dimension. C++ would not notice a wrong dtype."""
-    if t.dtype != dtype or t.device.type != "cpu":
+    if t.dtype is dtype and t.is_cpu and t.is_contiguous():
+        return t
+    if t.dtype != dtype or not t.is_cpu:
         raise TypeError(f"C++ was given {t.dtype} on {t.device}, expected {dtype} on cpu, as its other tensors are")
     return t if strided and t.stride(-1) == 1 else t.contiguous()
 
