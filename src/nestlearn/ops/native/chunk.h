@@ -91,7 +91,7 @@ void carry(int c, int in, int out, const T* x, const T* moved, const T* anchor, 
 // R', W' and their last rows, γ', w0' and theirs, of the chunk's first ``size`` tokens
 template <class T>
 void decays(const Spec& spec, Record<T>& r) {
-    const int c = spec.size().c, n = r.size;
+    const int c = spec.size(r.size).c, n = r.size;
     const T mu = T(spec.momentum);
     const bool moment = spec.momentum != 0;
     std::memset(r.ratio, 0, sizeof(T) * c * c);
@@ -192,7 +192,7 @@ void recall(const Record<T>& r, const Size& s, bool moment, int in, int out_widt
 template <class T>
 void read(const Spec& spec, const T* s1, const T* s2, const T* m1, const T* m2, const T* a1, const T* a2, Record<T>& r,
           Scratch<T>& tmp, T* y) {
-    const Size s = spec.size();
+    const Size s = spec.size(r.size);
     const bool moment = spec.momentum != 0;
     const Written<T>& w = r.memory[spec.written - 1];
     product(s.c, s.u, s.d, r.q, s.d, s2, s.u, tmp.cu, s.u);
@@ -212,7 +212,7 @@ void read(const Spec& spec, const T* s1, const T* s2, const T* m1, const T* m2, 
 template <class T>
 void run_chunk(const Spec& spec, const Head<T>& head, const State<T>& state, const State<T>& origin, Record<T>& r,
                Scratch<T>& tmp, T* y, bool last, bool moves) {
-    const Size s = spec.size();
+    const Size s = spec.size(r.size);
     const bool moment = spec.momentum != 0;
     const int64_t fixed = spec.fixed();
     const bool here = origin.base == state.base;

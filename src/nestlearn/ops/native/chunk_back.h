@@ -33,7 +33,7 @@ void decays_back(const Size& s, const Record<T>& r, bool moment, BackScratch<T>&
 template <class T>
 void chunk_back(const Spec& spec, const Head<T>& head, Record<T>& r, const State<T>& grads, const State<T>& starts,
                 const Totals<T>& totals, BackScratch<T>& b, const T* dy, T* dx, T* d_value, T* d_query, bool last) {
-    const Size s = spec.size();
+    const Size s = spec.size(r.size);
     const bool moment = spec.momentum != 0, here = r.origin.base == r.state.base;
     const int64_t fixed = spec.fixed(), cd = int64_t(s.c) * s.d, cu = int64_t(s.c) * s.u, cc = int64_t(s.c) * s.c;
     auto clear = [](T* p, int64_t count) { std::memset(p, 0, sizeof(T) * count); };

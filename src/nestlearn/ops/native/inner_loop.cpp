@@ -139,7 +139,8 @@ struct Program {
         }
     }
     void read_in(const View<T>& view, int64_t chunk, T* out) const {
-        load<T>(spec.tokens(chunk), spec.width, view.place(b, h, spec.begin(chunk)), view.token, s.c, s.d, out);
+        const int64_t tokens = spec.tokens(chunk);
+        load<T>(tokens, spec.width, view.place(b, h, spec.begin(chunk)), view.token, spec.size(tokens).c, s.d, out);
     }
     void write_out(const T* a, int64_t chunk, const View<T>& view) const {
         store<T>(spec.tokens(chunk), spec.width, a, s.d, view.place(b, h, spec.begin(chunk)), view.token);

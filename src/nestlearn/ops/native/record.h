@@ -22,10 +22,11 @@ struct Spec {
     int64_t key, value, rate, retain, query;  // places of the slow memories; query −1: as given
     int64_t retention, normalise, anchored, mixed;
     double momentum, rate_max;
-    Size size() const {
+    Size size(int64_t tokens) const {
         auto up = [](int64_t n) { return int((n + PAD - 1) / PAD * PAD); };
-        return {up(chunk), up(width), up(hidden)};
+        return {up(tokens), up(width), up(hidden)};
     }
+    Size size() const { return size(chunk); }
     int64_t chunks() const { return (offset + length + chunk - 1) / chunk; }
     int64_t begin(int64_t number) const { return number ? number * chunk - offset : 0; }
     int64_t tokens(int64_t number) const {
