@@ -21,7 +21,7 @@ def test_every_path_exists(path):
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.split("|")[1].strip())
 def test_every_row_names_a_source_and_a_test(row):
     _, _, _, source, test, _ = row.split("|")
-    assert re.search(r"`src/[^`]+\.py`", source)
+    assert re.search(r"`src/[^`]+\.(py|h)`", source)
     assert re.search(r"`tests/(\w+/)*test_\w+\.py`", test)
 
 
@@ -34,7 +34,7 @@ def test_every_rule_is_in_the_table():
 def test_the_cited_equations_stand_in_the_source(row):
     """A reader who opens the file finds the number that the table sent them for, alone or inside a range."""
     cited = numbers(row.split("|")[1])
-    for path in re.findall(r"`(src/[^`]+\.py)`", row):
+    for path in re.findall(r"`(src/[^`]+\.(?:py|h))`", row):
         assert cited & numbers((ROOT / path).read_text(encoding="utf-8")), path
 
 
