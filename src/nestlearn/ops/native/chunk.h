@@ -1,4 +1,4 @@
-// One chunk of the inner loop forwards, for one head of one row: the mathematics of inner_chunk.py and inner_layer.py.
+// One chunk of the inner loop forwards, for one head of one row: NL Eq. 86–93, as in inner_chunk.py.
 //
 // Every state is held transposed, w1ᵀ (U, D) and w2ᵀ (D, U), as the products of a chunk read it. Decays are running
 // products: R[t,r] = α_t R[t−1,r], W[t,r] = α_t W[t−1,r] + μ^(t−r), so that nothing overflows at any retention. Systems

@@ -1,4 +1,4 @@
-// One chunk of the inner loop backwards, for one head of one row, out of the pieces of pieces_back.h.
+// One chunk of the inner loop backwards, for one head of one row, through NL Eq. 86–93.
 
 #pragma once
 
