@@ -35,6 +35,7 @@ def doctor() -> None:
     choice = choose(task)
     print(f"inner loop here: {choice.name} ({choice.why})")
     print(f"limits of triton: float32 states, {', '.join(f'{n} up to {m}' for n, m in TRITON_LIMITS.items())}")
+    print("limits of native: a CPU and a C++ compiler, reads before the write, and those of torch")
     print("limits of torch: one chunk for all memories, dgd=True, detach_writes=False, first derivatives")
     for name in NAMES:
         limit = limit_of(name, task)

@@ -1,4 +1,5 @@
-// One token of one head of one row: NL Eq. 57, 86–93 as in memory/one_token.py, every weight read once and written once.
+// One token of one head of one row: NL Eq. 57, 86–93 as in memory/one_token.py, every weight read once and written
+// once.
 //
 // Weights lie as they are given, w1 (d, h) and w2 (h, d). Only short vectors are padded.
 
