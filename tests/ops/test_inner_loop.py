@@ -8,25 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from nestlearn.memory.self_modifying import SelfModifyingConfig, SelfModifyingMemory
+from nestlearn.memory.self_modifying import SelfModifyingConfig
 from nestlearn.ops.registry import forcing
+from tests.ops.memories import memory_of
 
 BASE = SelfModifyingConfig(
     head_width=6, hidden_width=10, heads=2, chunk=32, rate_max=4.0, rate_start=0.4, slow_rate_scale=0.5,
     w1_scale=0.5, w2_scale=2.0,
 )  # fmt: skip
 TOKENS = 70
-
-
-def memory_of(config: SelfModifyingConfig) -> SelfModifyingMemory:
-    torch.manual_seed(3)
-    memory = SelfModifyingMemory(config).double()
-    with torch.no_grad():
-        for read in (memory.rate_read, memory.retain_read):
-            read.weight.normal_(std=0.2)
-        for scale in memory.rate_scale.values():
-            scale.uniform_(0.3, 1.0)
-    return memory
 
 
 def outcome(config: SelfModifyingConfig, dtype: torch.dtype, tokens: int = TOKENS) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ from torch import Tensor
 from nestlearn.memory.self_modifying import SelfModifyingConfig, SelfModifyingMemory
 from nestlearn.ops.inner_chunk import LoopSpec
 from nestlearn.ops.inner_loop import LoopInputs, LoopState, LoopTrained
+from tests.ops.memories import memory_of
 
 pytest.importorskip("triton")
 
@@ -37,17 +38,6 @@ CASES: dict[str, tuple[SelfModifyingConfig, int]] = {  # configuration, tokens
         32,
     ),
 }
-
-
-def memory_of(config: SelfModifyingConfig) -> SelfModifyingMemory:
-    torch.manual_seed(3)
-    memory = SelfModifyingMemory(config).double()
-    with torch.no_grad():
-        for read in (memory.rate_read, memory.retain_read):
-            read.weight.normal_(std=0.2)
-        for scale in memory.rate_scale.values():
-            scale.uniform_(0.3, 1.0)
-    return memory
 
 
 def draw(config: SelfModifyingConfig, tokens: int, rows: int = 1) -> list[Tensor]:

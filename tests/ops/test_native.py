@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from nestlearn.memory.self_modifying import SelfModifyingConfig, SelfModifyingMemory
+from nestlearn.memory.self_modifying import SelfModifyingConfig
 from nestlearn.ops.native import build
 from nestlearn.ops.registry import forcing
+from tests.ops.memories import memory_of
 
 if build.missing():
     pytest.skip(str(build.missing()), allow_module_level=True)
@@ -36,17 +37,6 @@ CASES: dict[str, tuple[SelfModifyingConfig, int]] = {  # configuration, tokens
     "narrow": (replace(BASE, head_width=3, hidden_width=1), 20),
     "odd chunk": (replace(BASE, chunk=23, memory_chunk=23, momentum=0.5), 60),
 }
-
-
-def memory_of(config: SelfModifyingConfig, dtype: torch.dtype) -> SelfModifyingMemory:
-    torch.manual_seed(3)
-    memory = SelfModifyingMemory(config).double()
-    with torch.no_grad():
-        for read in (memory.rate_read, memory.retain_read):
-            read.weight.normal_(std=0.2)
-        for scale in memory.rate_scale.values():
-            scale.uniform_(0.3, 1.0)
-    return memory.to(dtype)
 
 
 def draw(config: SelfModifyingConfig, tokens: int, rows: int = 2) -> list[Tensor]:

@@ -90,7 +90,7 @@ void chunk_back(const Spec& spec, const Head<T>& head, Record<T>& r, const State
         add_outer(s.u, s.d, s.c, b.cu, w.error, od1);
         T* extra = nullptr;
         if (spec.mixed) {
-            totals.mix[g] += inner(cd, b.error, w.image);
+            totals.mix[g] += dot(int(cd), b.error, w.image);
             extra = b.cd2;
             for (int64_t i = 0; i < cd; i += LANES<T>) {
                 at(extra + i) = at(b.error + i) * head.mix[g];

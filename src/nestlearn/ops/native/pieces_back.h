@@ -52,12 +52,6 @@ template <class T>
 inline void add(int64_t count, const T* a, T* total) {
     for (int64_t i = 0; i < count; i += LANES<T>) at(total + i) += at(a + i);
 }
-template <class T>
-inline T inner(int64_t count, const T* a, const T* b) {
-    Vec<T> total{};
-    for (int64_t i = 0; i < count; i += LANES<T>) total += at(a + i) * at(b + i);
-    return sum<T>(total);
-}
 // grad of z of y = n(z), in place; the same for y = −n(z) and the gradient of n(z)
 template <class T>
 void normalise_back(int rows, int wide, const T* y, const T* inverse, T* grad) {
