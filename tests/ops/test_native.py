@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nestlearn.memory.self_modifying import SelfModifyingConfig
-from nestlearn.ops.native import build
+from nestlearn.ops.native import build, call
 from nestlearn.ops.registry import forcing
 from tests.ops.memories import memory_of
 
@@ -170,3 +170,10 @@ def test_a_tensor_of_another_dtype_is_refused_before_it_is_read():
         _, state = memory(x, x)
         with pytest.raises(TypeError, match="given torch.float64 on cpu, expected torch.float32"):
             memory(x[:, :1], x[:, :1], state)
+
+
+def test_no_memory_to_work_in_is_said(monkeypatch):
+    memory, x = memory_of(BASE, torch.float32), torch.randn(1, 5, 2, 12)
+    monkeypatch.setattr(call, "function", lambda name, dtype: lambda *given: False)
+    with forcing("native"), torch.no_grad(), pytest.raises(MemoryError, match="found no memory to work in"):
+        memory(x, x)

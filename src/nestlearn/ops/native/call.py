@@ -21,10 +21,10 @@ def structure(name: str, fields: Mapping[Any, Any]) -> Any:
 
 
 @cache
-def function(name: str, dtype: torch.dtype, result: Any = None) -> Callable[..., Any]:
-    """The library's function for float32 or float64."""
+def function(name: str, dtype: torch.dtype) -> Callable[..., bool]:
+    """The library's function for float32 or float64; False where it found no memory to work in."""
     found = getattr(library(), f"{name}_{str(dtype).removeprefix('torch.')}")
-    found.restype = result
+    found.restype = ctypes.c_bool
     return found
 
 
@@ -33,13 +33,18 @@ def run(name: str, dtype: torch.dtype, programs: int, *given: Any, threads: int 
     call, pointers = function(name, dtype), [ctypes.byref(t) for t in given]
     workers = min(torch.get_num_threads() if threads is None else threads, programs)
 
-    def part(begin: int, end: int) -> None:
-        call(*pointers, ctypes.c_int64(begin), ctypes.c_int64(end))
+    def part(begin: int, end: int) -> bool:
+        return call(*pointers, ctypes.c_int64(begin), ctypes.c_int64(end))
 
-    if workers == 1:
-        return part(0, programs)
-    edges = [programs * i // workers for i in range(workers + 1)]
-    list(_pool(os.getpid(), workers).map(part, edges[:-1], edges[1:]))
+    if workers <= 1:
+        done = [part(0, programs)]
+    else:
+        edges = [programs * i // workers for i in range(workers + 1)]
+        done = list(_pool(os.getpid(), workers).map(part, edges[:-1], edges[1:]))
+    if not all(done):
+        raise MemoryError(
+            "the inner loop in C++ found no memory to work in: use shorter chunks, or a smaller keep_every"
+        )
 
 
 def ready(t: Tensor, dtype: torch.dtype, *, strided: bool = False) -> Tensor:

@@ -27,9 +27,8 @@ void decays_back(const Size& s, const Record<T>& r, bool moment, BackScratch<T>&
     }
 }
 
-// Gradients of x, value, query of a chunk (C, D), which are overwritten; ``grads`` becomes that of the state before it,
-// to
-// ``starts`` is added that of the chunk's origin: one and the same where it starts here.
+// Gradients of x, value, query of a chunk (C, D), which are overwritten. ``grads`` becomes that of the state before it;
+// that of the chunk's origin is added to ``starts``: one and the same where the chunk starts here.
 template <class T>
 void chunk_back(const Spec& spec, const Head<T>& head, Record<T>& r, const State<T>& grads, const State<T>& starts,
                 const Totals<T>& totals, BackScratch<T>& b, const T* dy, T* dx, T* d_value, T* d_query, bool last) {

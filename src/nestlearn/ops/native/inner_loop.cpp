@@ -2,7 +2,7 @@
 //
 // Only the state at every ``keep``-th chunk is kept; the backward pass runs a group of chunks again from there, writing
 // down what happened, and walks it backwards. To keep what happened instead would cost more than to run it again: it is
-// seventy times as much memory, which the machine must first find, where a group's stays in the caches.
+// many times as much memory, which the machine must first find, where a group's stays in the caches.
 
 #include <cstdlib>
 #include <type_traits>
@@ -54,7 +54,7 @@ T* scratch(int64_t count) {
     if (count > room.size) {
         std::free(room.base);
         room.base = static_cast<T*>(std::aligned_alloc(64, (count * sizeof(T) + 63) / 64 * 64));
-        room.size = count;
+        room.size = room.base ? count : 0;
     }
     return room.base;
 }
@@ -162,20 +162,22 @@ int64_t record_numbers(const Spec& spec) {
     return lay_out<T>(spec, nullptr, r);
 }
 
-// Twice: first to count what is needed, then on what was found.
+// Twice: first to count what is needed, then on what was found. False where the machine has not that much memory.
 template <class T, class F>
-void twice(F use) {
+bool twice(F use) {
     Layout<T> room{nullptr};
     use(room);
     Layout<T> found{scratch<T>(room.used)};
+    if (!found.base) return false;
     use(found);
+    return true;
 }
 
 template <class T>
-void forward(const Spec& spec, const Given<T>& given, const After<T>& after, int64_t number) {
+bool forward(const Spec& spec, const Given<T>& given, const After<T>& after, int64_t number) {
     const Size s = spec.size();
     const int64_t states = spec.state_numbers(), kept = spec.kept_numbers(), chunks = spec.chunks();
-    twice<T>([&](Layout<T>& room) {
+    return twice<T>([&](Layout<T>& room) {
         const Program<T> program(spec, given, number, room);
         const State<T> state{room.take(states), spec.memories, s.weights()};
         const State<T> start{room.take(spec.origin_numbers()), spec.memories, s.weights()};
@@ -203,13 +205,13 @@ void forward(const Spec& spec, const Given<T>& given, const After<T>& after, int
 }
 
 template <class T>
-void backward(const Spec& spec, const Given<T>& given, const Back<T>& back, int64_t number) {
+bool backward(const Spec& spec, const Given<T>& given, const Back<T>& back, int64_t number) {
     const Size s = spec.size();
     const int64_t record = record_numbers<T>(spec), states = spec.state_numbers(), chunks = spec.chunks();
     const int64_t kept = spec.kept_numbers();
     const int64_t group = spec.keep, groups = (chunks + group - 1) / group;
     const int64_t d = spec.width, u = spec.hidden;
-    twice<T>([&](Layout<T>& room) {
+    return twice<T>([&](Layout<T>& room) {
         const Program<T> program(spec, given, number, room);
         const State<T> state{room.take(states), spec.memories, s.weights()};
         const State<T> grads{room.take(states), spec.memories, s.weights()};
@@ -278,29 +280,35 @@ void backward(const Spec& spec, const Given<T>& given, const Back<T>& back, int6
 }
 
 template <class T>
-void tokens(const TokenSpec& spec, const TokenGiven<T>& given, const TokenAfter<T>& after, int64_t from, int64_t to) {
+bool tokens(const TokenSpec& spec, const TokenGiven<T>& given, const TokenAfter<T>& after, int64_t from, int64_t to) {
     TokenRoom<T> room;
     const int64_t count = TokenRoom<T>::lay_out(spec.width, spec.hidden, nullptr, room);
     T* base = scratch<T>(count);
+    if (!base) return false;
     std::memset(base, 0, sizeof(T) * count);  // what pads a vector is computed with
     TokenRoom<T>::lay_out(spec.width, spec.hidden, base, room);
     for (int64_t i = from; i < to; i++) one_token(spec, given, after, i, room);
+    return true;
 }
 
 }  // namespace
 
 #define EXPORT(T, NAME)                                                                                          \
-    extern "C" void forward_##NAME(const Spec* spec, const Given<T>* given, const After<T>* after, int64_t from, \
+    extern "C" bool forward_##NAME(const Spec* spec, const Given<T>* given, const After<T>* after, int64_t from, \
                                    int64_t to) {                                                                 \
-        for (int64_t i = from; i < to; i++) forward<T>(*spec, *given, *after, i);                                \
+        bool done = true;                                                                                        \
+        for (int64_t i = from; done && i < to; i++) done = forward<T>(*spec, *given, *after, i);                 \
+        return done;                                                                                             \
     }                                                                                                            \
-    extern "C" void backward_##NAME(const Spec* spec, const Given<T>* given, const Back<T>* back, int64_t from,  \
+    extern "C" bool backward_##NAME(const Spec* spec, const Given<T>* given, const Back<T>* back, int64_t from,  \
                                     int64_t to) {                                                                \
-        for (int64_t i = from; i < to; i++) backward<T>(*spec, *given, *back, i);                                \
+        bool done = true;                                                                                        \
+        for (int64_t i = from; done && i < to; i++) done = backward<T>(*spec, *given, *back, i);                 \
+        return done;                                                                                             \
     }                                                                                                            \
-    extern "C" void token_##NAME(const TokenSpec* spec, const TokenGiven<T>* given, const TokenAfter<T>* after,  \
+    extern "C" bool token_##NAME(const TokenSpec* spec, const TokenGiven<T>* given, const TokenAfter<T>* after,  \
                                  int64_t from, int64_t to) {                                                     \
-        tokens<T>(*spec, *given, *after, from, to);                                                              \
+        return tokens<T>(*spec, *given, *after, from, to);                                                       \
     }
 
 EXPORT(float, float32)

@@ -127,8 +127,8 @@ def run_loop(
     call.point_to(memory)
     batch, heads, length, width = inputs.x.shape
     y = inputs.x.new_empty(batch, length, heads, width).transpose(1, 2)
-    after = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (*state, *state[:2])]
-    ends = after if (offset + length) % spec.chunk else [*after[:4], None, None]
+    wanted = (*state, *state[:2]) if (offset + length) % spec.chunk else (*state, None, None)
+    ends = [t if t is None else torch.empty_like(t, memory_format=torch.contiguous_format) for t in wanted]
     call.run("forward", After(View.of(y), *map(address, ends)))
     return y, tuple(ends), memory
 
@@ -181,7 +181,7 @@ def _whole(found: Tensor, like: Tensor) -> Tensor:
 def kept_numbers(inputs: Sequence[int], weights: Sequence[int], spec: LoopSpec, offset: int = 0) -> int:
     """How many numbers keep the states, for inputs (B, H, T, d) and w1 (B, M, H, d, h)."""
     (batch, heads, length, width), hidden = inputs, weights[-1]
-    padded = (width + 15) // 16 * 16 * ((hidden + 15) // 16 * 16)
+    padded = (width + 15) // 16 * 16 * ((hidden + 15) // 16 * 16)  # PAD of tiles.h
     chunks = (offset + length + spec.chunk - 1) // spec.chunk
     groups = (chunks + spec.keep - 1) // spec.keep
     return batch * heads * groups * (4 if spec.momentum else 2) * len(spec.names) * padded
