@@ -49,7 +49,7 @@ from benchmarks.quality.lasting_text import (
     tokenizer,
     translation,
 )
-from nestlearn import HopeConfig, HopeForCausalLM, MetaLearner, OnlineLearner, online_levels
+from nestlearn import HopeConfig, HopeForCausalLM, MetaLearner, OnlineLearner, OnlineLevel, online_levels
 from nestlearn.continual.facts import Entry, encyclopaedia
 from nestlearn.continual.languages import invent, lesson, meanings
 from nestlearn.train.build import build_optimizer
@@ -61,17 +61,24 @@ Batches = Callable[[float], tuple[Tensor, Tensor]]  # of the share of the steps 
 ORDERS = ("none", "first", "exact")
 LEVELS = ("fast", "middle", "slow")
 CHOICES, SIZES = 4, (4, 8, 16)  # answers of a question; people of an encyclopaedia
-MEMORY = {"recompute": False, "hidden_width": 16, "retain_start": 0.998}  # names are repeated after dozens of tokens
+MEMORY = {"retain_start": 0.998}  # names are repeated after dozens of tokens
 
 
 def make_model(args: argparse.Namespace, words: int | None = None, **settings: Any) -> HopeForCausalLM:
     torch.manual_seed(args.seed)
-    levels = [{"name": name, "period": n + 1} for n, name in enumerate(LEVELS)]  # all learn at every step of training
+    levels: list[Result] = [{"name": name, "period": n + 1} for n, name in enumerate(LEVELS)]  # step at every step
+    if args.top:
+        above = {"layers": 1 / args.layers, "hidden_size": args.top}
+        levels = [*(level | above for level in levels), {"name": "still", "period": len(LEVELS) + 1}]
+    memory = MEMORY | {
+        "hidden_width": args.memory,
+        "recompute": bool(args.top),
+    }  # of levels on top no memory is differentiated twice
     told: dict[str, Any] = {
         "vocab_size": words or tokenizer().get_vocab_size(), "hidden_size": args.width,
-        "num_hidden_layers": args.layers, "num_attention_heads": 4,
-        "intermediate_size": 4 * args.width, "mixer": args.mixer, "levels": levels,
-        "initializer_range": args.width**-0.5, "memory": MEMORY if args.mixer == "self_modifying" else None,
+        "num_hidden_layers": args.layers, "num_attention_heads": args.heads,
+        "intermediate_size": 4 * args.width + len(LEVELS) * args.top, "mixer": args.mixer, "levels": levels,
+        "initializer_range": args.width**-0.5, "memory": memory if args.mixer == "self_modifying" else None,
     }  # fmt: skip
     return HopeForCausalLM(HopeConfig(**told | settings))
 
@@ -108,7 +115,7 @@ def train(learner: MetaLearner, batches: Batches, steps: int, rate: float) -> Re
 
 def train_all(args: argparse.Namespace) -> None:
     """The base, then what goes on from it."""
-    if not folder(args, "base").exists():
+    if not (args.start or folder(args, "base").exists()):
         learner = MetaLearner(make_model(args), online_levels(make_model(args), lr=0.0))
         done = train(learner, base_batches(args), args.base_steps, args.base_rate)
         save(learner, folder(args, "base"), done, args)
@@ -143,12 +150,21 @@ def later_batches(args: argparse.Namespace) -> Batches:
 
 
 def go_on(order: str, args: argparse.Namespace) -> MetaLearner:
-    """From the base. Of "none" no level is active, and the context is never emptied: ordinary training."""
-    model = HopeForCausalLM.from_pretrained(folder(args, "base"))
+    """From the base, or what ``--start`` names, with the rates learned there. Of "none" no level is active, and the
+    context is never emptied: ordinary training."""
+    start = args.start or folder(args, "base")
+    model = HopeForCausalLM.from_pretrained(start)
     if order == "none":
         return MetaLearner(model, online_levels(model, lr=0.0), context=math.inf)
-    levels = online_levels(model, period=args.period, lr=args.inner_rate, bound=math.inf)
+    levels = in_context(online_levels(model, period=args.period, bound=math.inf))
+    rates = [rate or args.inner_rate for rate in json.loads((start / "done.json").read_text())["rates"]]
+    levels = [replace(level, lr=rate) for level, rate in zip(levels, rates, strict=False)]
     return MetaLearner(model, levels, order=order, context=args.period)
+
+
+def in_context(levels: Sequence[OnlineLevel]) -> list[OnlineLevel]:
+    """Without the one that learns in training alone."""
+    return [level for level in levels if level.name in LEVELS]
 
 
 def folder(args: argparse.Namespace, order: str) -> Path:
@@ -169,7 +185,7 @@ class Reader:
         self.model = HopeForCausalLM.from_pretrained(path).eval()
         rates = json.loads((path / "done.json").read_text())["rates"]
         rates = rates if any(rates) else [args.inner_rate] * len(rates)
-        levels = online_levels(self.model, bound=math.inf, spike=math.inf)
+        levels = in_context(online_levels(self.model, bound=math.inf, spike=math.inf))
         made = [
             replace(level, period=lowest * 2**n, lr=rate * scale if n < count else 0.0)
             for n, (level, rate) in enumerate(zip(levels, rates, strict=True))
@@ -231,12 +247,12 @@ def read_facts(reader: Reader, seeds: Sequence[int], args: argparse.Namespace) -
     reader.read([own + other[: end - len(own)] for own in articles])
     found = {"after": reader.answers(questions)}
     if not any(level.active for level in reader.learner.levels):
-        found["in_context"] = reader.answers([in_context(book[:4]) for book in books])
+        found["in_context"] = reader.answers([after_article(book[:4]) for book in books])
     reader.read([other[-args.later :]] * len(books))
     return found | {"later": reader.answers(questions), "tokens": max(map(len, articles))}
 
 
-def in_context(entries: Sequence[Entry]) -> list[Asked]:
+def after_article(entries: Sequence[Entry]) -> list[Asked]:
     """Their questions, each right after the article: what a model can read out of its context."""
     told = [(encode(entry.article), asked(q)) for entry in entries for q in entry.questions]
     return [replace(q, prompt=article + q.prompt) for article, q in told]
@@ -339,11 +355,13 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="facts and languages also take base",
     )
     parser.add_argument("--text", choices=list(BENCHMARKS), help="that the models are trained on; the stage's own")
-    whole = {"--seed": 0, "--width": 64, "--layers": 3, "--base-steps": 1000, "--base-batch": 8, "--base-length": 384,
+    whole = {"--seed": 0, "--width": 64, "--layers": 3, "--heads": 4, "--top": 0, "--memory": 16,
+             "--base-steps": 1000, "--base-batch": 8, "--base-length": 384,
              "--steps": 260, "--batch": 8, "--period": 160, "--streams": len(TESTED),
              "--later": 1920, "--whole": 640, "--sentences": 80, "--asked": 24}  # fmt: skip
     for name, default in whole.items():
         parser.add_argument(name, type=int, default=default)
+    parser.add_argument("--start", type=Path, help="folder of the model that training goes on from; None: the base")
     parser.add_argument("--people", type=int, choices=(1, 2, *SIZES), default=4, help="whose articles are read")
     parser.add_argument("--base-rate", type=float, default=3e-3)
     parser.add_argument("--rate", type=float, default=2e-3, help="of AdamW, when going on")

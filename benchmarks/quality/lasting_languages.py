@@ -160,12 +160,10 @@ class InOneContext:
 def train_all(args: argparse.Namespace) -> None:
     """The base, then what goes on from it."""
     text, base = text_of(args), lasting.folder(args, "base")
-    if not base.exists():
+    if not (args.start or base.exists()):
         draw, learner = (
             random.Random(args.seed),
-            InOneContext(
-                lasting.make_model(args, len(VOCABULARY), num_attention_heads=args.heads, initializer_range=0.08)
-            ),
+            InOneContext(lasting.make_model(args, len(VOCABULARY), initializer_range=0.08)),
         )
         done = lasting.train(
             cast(Any, learner),
@@ -187,8 +185,14 @@ def train_all(args: argparse.Namespace) -> None:
 
 
 def later_batches(text: Text, args: argparse.Namespace) -> lasting.Batches:
+    """Words alone at first, then sentences with them, more and more of both kinds over ``args.alone_later``."""
     draw, counts = random.Random(args.seed + 1), args.curriculum
-    return lambda share: text.batch(draw, args.batch, counts[int(share * len(counts))], args.each)
+
+    def batches(share: float) -> tuple[Tensor, Tensor]:
+        words = max(0.5, 1 - share / (2 * args.alone_later)) if args.alone_later else 0.5
+        return text.batch(draw, args.batch, counts[int(share * len(counts))], args.each, words)
+
+    return batches
 
 
 def text_of(args: argparse.Namespace) -> Text:
@@ -326,13 +330,16 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--mixer", default="gated_delta", help="also transformer, and self_modifying, which is HOPE")
     parser.add_argument("--orders", nargs="+", choices=["base", *lasting.ORDERS], default=["base", "none", "exact"])
     parser.add_argument("--text", default="languages", help="the folder's name begins with it")
-    whole = {"--seed": 0, "--width": 64, "--layers": 3, "--heads": 1, "--base-steps": 1500, "--base-batch": 8,
+    whole = {"--seed": 0, "--width": 64, "--layers": 3, "--heads": 1, "--top": 0, "--memory": 16, "--base-steps": 1500,
+             "--base-batch": 8,
              "--steps": 600, "--batch": 4, "--period": 96, "--each": 2, "--lesson": 0, "--nouns": 6, "--verbs": 3,
              "--streams": len(TESTED), "--asked": 24}  # fmt: skip
     for name, default in whole.items():
         parser.add_argument(name, type=int, default=default)
     parser.add_argument("--base-rate", type=float, default=3e-3)
     parser.add_argument("--alone", type=float, default=0.4, help="share of the base's steps on words without sentences")
+    parser.add_argument("--alone-later", type=float, default=0.0, help="the same of what goes on from it")
+    parser.add_argument("--start", type=Path, help="folder of the model that training goes on from; None: the base")
     parser.add_argument("--rate", type=float, default=2e-3, help="of AdamW, when going on")
     parser.add_argument("--inner-rate", type=float, default=1.0, help="that the learned ones start from")
     parser.add_argument("--curriculum", type=int, nargs="+", default=[1, 1, 2], help="languages, in equal shares")

@@ -175,6 +175,20 @@ def test_clear_errors():
         MetaLearner(hope(mixer="window_attention").bfloat16())
 
 
+def test_exact_above_memories_that_are_differentiated_once():
+    """Levels of the last block alone: no memory lies between them and the loss, so HOPE's fast loop does."""
+    shares = [{"name": "fast", "period": 4, "layers": 0.5, "hidden_size": 12}, {"name": "slow", "period": 8}]
+    found = []
+    for recompute in (True, False):
+        model = hope(memory={"chunk": 4, "recompute": recompute}, levels=shares).double()
+        own = [level for level in online_levels(model, lr=0.5, bound=math.inf) if level.name == "fast"]
+        learner = MetaLearner(model, own, order="exact")
+        learner.backward(text(2, 19))
+        found.append(gradients(model) | {"rates": learner.log_rates.grad})
+    assert max(float(g.abs().max()) for g in found[0].values()) > 1e-3
+    close(*found)
+
+
 def test_other_memories_say_what_they_lack():
     model = hope(mixer="ttt_mlp")
     with pytest.raises(UserError, match="cannot be differentiated twice.*set order='first'"):

@@ -81,6 +81,7 @@ def rank(number: int, folder: Path) -> None:
         except Exception:
             (folder / f"{member.name}.{number}.error").write_text(traceback.format_exc())
     refuses_together(number)
+    dist.barrier()  # nobody leaves while the other still talks to it
     dist.destroy_process_group()
 
 

@@ -308,9 +308,15 @@ class MetaLearner:
         memory = getattr(self.model.config, "memory", None) or {}
         writes = isinstance(self.model, HopeForCausalLM) and self.model.config.mixer == "self_modifying"
         if writes and memory.get("recompute", False):
+            self._check_above_memories(self.model.config.num_hidden_layers - 1)
+
+    def _check_above_memories(self, last: int) -> None:
+        """What comes after a weight is differentiated twice: of the last block's MLPs that is no memory."""
+        if below := [path for path in self._modules if not path.startswith(f"model.blocks.{last}.cms.")]:
             raise UserError(
-                "order is 'exact', which differentiates twice, but this model's memory has recompute=True, which can "
-                "be differentiated once: set memory={'recompute': False} in its HopeConfig, or order='first'"
+                f"order is 'exact', which differentiates twice what comes after {below[0]!r}, but this model's memory "
+                "has recompute=True, which can be differentiated once: set memory={'recompute': False} in its "
+                "HopeConfig, or order='first', or give levels of the last block's MLPs alone (a level's layers)"
             )
 
 
