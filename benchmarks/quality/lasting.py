@@ -70,10 +70,8 @@ def make_model(args: argparse.Namespace, words: int | None = None, **settings: A
     if args.top:
         above = {"layers": 1 / args.layers, "hidden_size": args.top}
         levels = [*(level | above for level in levels), {"name": "still", "period": len(LEVELS) + 1}]
-    memory = MEMORY | {
-        "hidden_width": args.memory,
-        "recompute": bool(args.top),
-    }  # of levels on top no memory is differentiated twice
+    once = bool(args.top)  # of levels in the last block alone, no memory is differentiated twice
+    memory = MEMORY | {"hidden_width": args.memory, "recompute": once}
     told: dict[str, Any] = {
         "vocab_size": words or tokenizer().get_vocab_size(), "hidden_size": args.width,
         "num_hidden_layers": args.layers, "num_attention_heads": args.heads,
@@ -156,9 +154,12 @@ def go_on(order: str, args: argparse.Namespace) -> MetaLearner:
     model = HopeForCausalLM.from_pretrained(start)
     if order == "none":
         return MetaLearner(model, online_levels(model, lr=0.0), context=math.inf)
-    levels = in_context(online_levels(model, period=args.period, bound=math.inf))
+    levels = in_context(online_levels(model, bound=math.inf))
     rates = [rate or args.inner_rate for rate in json.loads((start / "done.json").read_text())["rates"]]
-    levels = [replace(level, lr=rate) for level, rate in zip(levels, rates, strict=False)]
+    levels = [
+        replace(level, period=args.period * args.spread**n, lr=rate)
+        for n, (level, rate) in enumerate(zip(levels, rates, strict=False))
+    ]
     return MetaLearner(model, levels, order=order, context=args.period)
 
 
@@ -355,7 +356,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="facts and languages also take base",
     )
     parser.add_argument("--text", choices=list(BENCHMARKS), help="that the models are trained on; the stage's own")
-    whole = {"--seed": 0, "--width": 64, "--layers": 3, "--heads": 4, "--top": 0, "--memory": 16,
+    whole = {"--seed": 0, "--width": 64, "--layers": 3, "--heads": 4, "--top": 0, "--memory": 16, "--spread": 1,
              "--base-steps": 1000, "--base-batch": 8, "--base-length": 384,
              "--steps": 260, "--batch": 8, "--period": 160, "--streams": len(TESTED),
              "--later": 1920, "--whole": 640, "--sentences": 80, "--asked": 24}  # fmt: skip

@@ -305,13 +305,15 @@ class MetaLearner:
         for level in self._levels:
             if level.rule in ONCE:
                 raise UserError(f"level {level.name!r}: rule {level.rule!r} has no second order: set order='first'")
-        memory = getattr(self.model.config, "memory", None) or {}
-        writes = isinstance(self.model, HopeForCausalLM) and self.model.config.mixer == "self_modifying"
-        if writes and memory.get("recompute", False):
-            self._check_above_memories(self.model.config.num_hidden_layers - 1)
+        self._check_above_memories()
 
-    def _check_above_memories(self, last: int) -> None:
+    def _check_above_memories(self) -> None:
         """What comes after a weight is differentiated twice: of the last block's MLPs that is no memory."""
+        config: Any = self.model.config
+        writes = isinstance(self.model, HopeForCausalLM) and config.mixer == "self_modifying"
+        if not (writes and (config.memory or {}).get("recompute", False)):
+            return
+        last = config.num_hidden_layers - 1
         if below := [path for path in self._modules if not path.startswith(f"model.blocks.{last}.cms.")]:
             raise UserError(
                 f"order is 'exact', which differentiates twice what comes after {below[0]!r}, but this model's memory "
