@@ -331,8 +331,8 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--orders", nargs="+", choices=["base", *lasting.ORDERS], default=["base", "none", "exact"])
     parser.add_argument("--text", default="languages", help="the folder's name begins with it")
     whole = {"--seed": 0, "--width": 64, "--layers": 3, "--heads": 1, "--top": 0, "--memory": 16, "--spread": 1,
-             "--base-steps": 1500, "--base-batch": 8, "--steps": 600, "--batch": 4, "--period": 96,
-             "--each": 2, "--lesson": 0, "--nouns": 6, "--verbs": 3, "--streams": len(TESTED), "--asked": 24}  # fmt: skip
+             "--base-steps": 1500, "--base-batch": 8, "--steps": 600, "--batch": 4, "--period": 96, "--each": 2,
+             "--lesson": 0, "--nouns": 6, "--verbs": 3, "--streams": len(TESTED), "--asked": 24}  # fmt: skip
     for name, default in whole.items():
         parser.add_argument(name, type=int, default=default)
     parser.add_argument("--base-rate", type=float, default=3e-3)
