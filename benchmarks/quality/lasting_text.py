@@ -86,7 +86,6 @@ class Sequences:
 
     def __init__(self, seed: int, period: int, forbidden: frozenset[str]) -> None:
         self._draw, self._period, self._forbidden = random.Random(seed), period, forbidden
-        self._other = encode(other_text(random.Random(seed), 20))
 
     def batch(self, rows: int, people: int, apart: int = 0, length: int | None = None) -> tuple[Tensor, Tensor]:
         """Tokens (rows, N + 1), and which of them belong to an answer.
@@ -121,8 +120,11 @@ class Sequences:
         return torch.tensor([ids for ids, _ in made]), torch.tensor([answers for _, answers in made])
 
     def _row(self, entries: Sequence[Entry], ids: list[int], begin: int, end: int) -> tuple[list[int], list[bool]]:
-        at = self._draw.randrange(len(self._other) - begin)
-        ids = ids + self._other[at : at + begin - len(ids)]
+        while len(ids) < begin:
+            ids = ids + encode(
+                other_text(self._draw, 1)
+            )  # never the same twice: what is known by heart disturbs nothing
+        ids = ids[:begin]
         answers, questions = [False] * begin, [asked(q) for entry in entries for q in entry.questions]
         while len(ids) < end:
             for q in self._draw.sample(questions, len(questions)):
