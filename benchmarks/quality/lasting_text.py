@@ -120,10 +120,8 @@ class Sequences:
         return torch.tensor([ids for ids, _ in made]), torch.tensor([answers for _, answers in made])
 
     def _row(self, entries: Sequence[Entry], ids: list[int], begin: int, end: int) -> tuple[list[int], list[bool]]:
-        while len(ids) < begin:
-            ids = ids + encode(
-                other_text(self._draw, 1)
-            )  # never the same twice: what is known by heart disturbs nothing
+        while len(ids) < begin:  # with text that never comes again: what is known by heart disturbs nothing
+            ids = ids + encode(other_text(self._draw, 1))
         ids = ids[:begin]
         answers, questions = [False] * begin, [asked(q) for entry in entries for q in entry.questions]
         while len(ids) < end:
