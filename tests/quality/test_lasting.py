@@ -43,6 +43,13 @@ def test_questions_begin_where_all_articles_are_written():
     assert draw.batch(1, 1, apart=2)[0].shape[1] == draw.batch(1, 1)[0].shape[1] + 2 * 96
 
 
+def test_other_text_is_new_in_every_sequence():
+    draw = text.Sequences(0, 256, frozenset())
+    rows = [row[160:512] for _ in range(3) for row in draw.batch(2, 1, apart=1)[0].tolist()]
+    lines = [{line for line in text.tokenizer().decode(row).split("\n")[1:-1] if ":" in line} for row in rows]
+    assert all(lines) and not any(a & b for i, a in enumerate(lines) for b in lines[:i])
+
+
 def test_lessons_are_asked_with_other_sentences():
     ids, answers = text.Sequences(0, 96, frozenset()).lessons(2, 3)
     assert ids.shape == answers.shape == (2, 4 * 96 + 1) and not answers[:, : 3 * 96].any() and answers.any()
@@ -96,3 +103,20 @@ def test_languages(folder):
     last = found["results"]["facts-transformer-0 exact levels-3 160"]
     assert [len(last[when]) for when in ("before", "after the first", "after the second")] == [2, 2, 2]
     assert last["before"] != last["after the first"] != last["after the second"]
+
+
+def test_levels_in_the_last_block_of_a_hope_go_on_from_another_model(tmp_path):
+    """C++ or torch, whose memories have one derivative, and periods p, 2 p, 4 p, from the rates learned before."""
+    hope = ["--mixer", "self_modifying", "--top", "8", "--memory", "4", "--orders", "exact"]
+    script.train_all(arguments(tmp_path / "first", "train", *hope))
+    start = tmp_path / "first" / "facts-self_modifying-0" / "exact"
+    args = arguments(tmp_path / "second", "train", *hope, "--start", str(start), "--spread", "2")
+    learner = script.go_on("exact", args)
+    assert [level.period for level in learner.levels] == [160, 320, 640]
+    assert {weight.split(".")[2] for level in learner.levels for weight in level.weights} == {"1"}
+    rates = json.loads((start / "done.json").read_text())["rates"]
+    assert [level.lr for level in learner.levels] == pytest.approx(rates, abs=1e-4)
+    script.train_all(args)
+    assert not script.folder(args, "base").exists()
+    found = script.measure(arguments(tmp_path / "second", "facts", *hope, "--counts", "3"))
+    assert all(own["after"] != own["later"] for own in found["results"].values())

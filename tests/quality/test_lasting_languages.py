@@ -40,6 +40,13 @@ def test_what_words_mean_differs_between_languages():
     assert len({tuple(c) for c in choices}) == 4 and WORDS[prompt[-1]] == ":"
 
 
+def test_words_come_first():
+    args = script.arguments(["train", "--out", "x", "--alone-later", "0.5", "--curriculum", "1", "2"])
+    batches = script.later_batches(script.text_of(args), args)
+    english = [[int((ids == WORDS.index("English")).sum()) for ids in batches(share)[0]] for share in (0, 0.25, 0.99)]
+    assert not any(english[0]) and 0 < sum(english[1]) < sum(english[2])
+
+
 def test_every_reader_from_the_first_step_to_the_table(tmp_path, capsys):
     script.train_all(arguments(tmp_path, "train"))
     found = script.measure(arguments(tmp_path, "measure"))
