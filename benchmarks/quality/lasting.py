@@ -158,7 +158,7 @@ def go_on(order: str, args: argparse.Namespace) -> MetaLearner:
     rates = [rate or args.inner_rate for rate in json.loads((start / "done.json").read_text())["rates"]]
     levels = [
         replace(level, period=args.period * args.spread**n, lr=rate)
-        for n, (level, rate) in enumerate(zip(levels, rates, strict=False))
+        for n, (level, rate) in enumerate(zip(levels, rates, strict=True))
     ]
     return MetaLearner(model, levels, order=order, context=args.period)
 
@@ -175,7 +175,7 @@ def folder(args: argparse.Namespace, order: str) -> Path:
 def save(learner: MetaLearner, path: Path, done: Result, args: argparse.Namespace) -> None:
     learner.model.save_pretrained(path)  # pyright: ignore
     told = {k: v for k, v in vars(args).items() if not isinstance(v, Path)}
-    done |= {"rates": [round(level.lr, 4) for level in learner.levels], "settings": told} | about()
+    done |= {"rates": [round(level.lr, 4) for level in in_context(learner.levels)], "settings": told} | about()
     (path / "done.json").write_text(json.dumps(done) + "\n")
 
 

@@ -118,5 +118,6 @@ def test_levels_in_the_last_block_of_a_hope_go_on_from_another_model(tmp_path):
     assert [level.lr for level in learner.levels] == pytest.approx(rates, abs=1e-4)
     script.train_all(args)
     assert not script.folder(args, "base").exists()
-    found = script.measure(arguments(tmp_path / "second", "facts", *hope, "--counts", "3"))
-    assert all(own["after"] != own["later"] for own in found["results"].values())
+    for place, orders in (("first", "base"), ("second", "exact")):
+        found = script.measure(arguments(tmp_path / place, "facts", *hope, "--orders", orders, "--counts", "3"))
+        assert all(own["after"] != own["later"] for own in found["results"].values())
