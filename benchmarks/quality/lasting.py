@@ -14,6 +14,10 @@ facts      each reads articles on people that it was never trained on, once, and
            the best of ``--rates`` on other articles
 languages  the same for a lesson in a language, then a lesson in another one
 
+With ``--top N`` the levels are MLPs of N units each in the last block alone, and the other MLPs learn in training only:
+no memory lies above them, so that HOPE's own loop does for exact steps. ``--start`` goes on from any trained model;
+``--spread s`` trains levels that change every p, s p and s² p tokens.
+
 Measured: the share of right answers of 4 (fewest nats wins), and the margin, mean nats of the wrong answers minus nats
 of the right one: finer, as it moves before the share does. What a frozen model scores is what can be guessed.
 Every finished model and reader is saved; the same command goes on.
